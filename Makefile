@@ -1,0 +1,53 @@
+# make demo      train a small LLaMA on this machine, from text to a report
+# make test      lint and test
+# make install   .venv with the `megallama` command
+# make bench-cpu compare a training step with Hugging Face's, in one run
+
+RUN := runs/demo
+DATA := $(RUN)/data
+MEGALLAMA := .venv/bin/megallama
+
+.PHONY: demo train-demo install test lint bench-cpu clean
+.DELETE_ON_ERROR:
+
+demo: train-demo
+	$(MEGALLAMA) report $(RUN)
+	$(MEGALLAMA) generate $(RUN) --prompt "def " --tokens 80
+
+train-demo: $(DATA)/corpus.idx
+	$(MEGALLAMA) train configs/cpu-tiny.yaml
+
+# Each of these is written under a temporary name and renamed when whole, so a file that is there
+# is finished.
+$(DATA)/corpus.jsonl: | .venv/installed
+	$(MEGALLAMA) data stdlib --out $@
+
+$(DATA)/tokenizer.model: $(DATA)/corpus.jsonl
+	$(MEGALLAMA) tokenizer train --input $< --vocab-size 2048 --out $@
+
+$(DATA)/corpus.idx: $(DATA)/corpus.jsonl $(DATA)/tokenizer.model
+	$(MEGALLAMA) data build --input $< --tokenizer $(DATA)/tokenizer.model --out $(DATA)/corpus
+
+install: .venv/installed
+
+.venv/installed: setup.py constraints.txt launch/install.sh
+	launch/install.sh
+	touch $@
+
+.venv/installed-test: .venv/installed
+	launch/install.sh test
+	touch $@
+
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: lint
+	.venv/bin/python -m pytest
+
+bench-cpu: .venv/installed-test
+	.venv/bin/python benchmarks/training_step.py --json benchmarks/results/training-step-cpu.json
+
+clean:
+	rm -rf .venv runs build *.egg-info

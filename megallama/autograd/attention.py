@@ -1,0 +1,98 @@
+"""Causal attention through a flash kernel (arXiv 2307.08691): no S × S matrix is ever kept.
+
+A micro-batch is a run of segments in token order: whole samples, or documents where attention must
+not cross them. The kernel returns each row's log-sum-exp, from which the backward recomputes the
+probabilities. Key and value heads may be fewer than query heads (grouped-query attention,
+arXiv 2305.13245); every kernel here reads them in place, without copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megallama.autograd import flash_cuda
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The lengths of the stretches of tokens that attend among themselves; they sum to T."""
+
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def uniform(self) -> bool:
+        return all(length == self.longest for length in self.lengths)
+
+
+def attention_forward(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """Return the output o (T, H, E) and the rows' log-sum-exp, H numbers a token."""
+    if q_THE.is_cuda:
+        return flash_cuda.forward(q_THE, k_TKE, v_TKE, segments.lengths)
+    if segments.uniform:
+        return _cpu_forward(q_THE, k_TKE, v_TKE, segments.longest)
+    o_THE = q_THE.new_empty(q_THE.shape)
+    lse_TH = q_THE.new_empty(q_THE.shape[:2], dtype=torch.promote_types(q_THE.dtype, torch.float32))
+    pieces = (t.split(segments.lengths) for t in (q_THE, k_TKE, v_TKE, o_THE, lse_TH))
+    for q, k, v, o, lse in zip(*pieces, strict=True):
+        o_piece, lse_piece = _cpu_forward(q, k, v, len(q))
+        o.copy_(o_piece)
+        lse.copy_(lse_piece)
+    return o_THE, lse_TH
+
+
+def attention_backward(
+    do_THE: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    o_THE: Tensor,
+    lse: Tensor,
+    segments: Segments,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq (T, H, E), dk and dv (T, K, E) from what the forward was given and returned."""
+    if do_THE.is_cuda:
+        return flash_cuda.backward(do_THE, qkv, o_THE, lse, segments.lengths)
+    if segments.uniform:
+        return _cpu_backward(do_THE, qkv, o_THE, lse, segments.longest)
+    dq, dk, dv = (t.new_empty(t.shape) for t in qkv)
+    pieces = (t.split(segments.lengths) for t in (do_THE, *qkv, o_THE, lse, dq, dk, dv))
+    for do, q, k, v, o, piece_lse, *outputs in zip(*pieces, strict=True):
+        gradients = _cpu_backward(do, (q, k, v), o, piece_lse, len(do))
+        for output, gradient in zip(outputs, gradients, strict=True):
+            output.copy_(gradient)
+    return dq, dk, dv
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_split_samples(t, length) for t in (q, k, v)), 0.0, True
+    )
+    return _join_samples(o), _join_samples(lse)
+
+
+def _cpu_backward(
+    do: Tensor, qkv: tuple[Tensor, Tensor, Tensor], o: Tensor, lse: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    split = (_split_samples(t, length) for t in (do, *qkv, o, lse))
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *split, 0.0, True
+    )
+    return _join_samples(dq), _join_samples(dk), _join_samples(dv)
+
+
+def _split_samples(t: Tensor, length: int) -> Tensor:
+    """(T, H, …) → (T / length, H, length, …): PyTorch's order of dimensions, as a view."""
+    return t.unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _join_samples(t: Tensor) -> Tensor:
+    """The inverse of `_split_samples`; a view, since the CPU kernel lays tokens out first."""
+    return t.transpose(1, 2).flatten(0, 1)

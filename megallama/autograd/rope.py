@@ -1,0 +1,66 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), rotating the two halves of a head.
+
+A rotation's backward is the inverse rotation, so nothing is saved. Each pair of elements
+(x₁, x₂) = (x[e], x[e + E/2]) turns by the angle position · θ^(−2e/E).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megallama.config.schema import RopeScaling
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The cosines and sines of every token's angles, each (T, 1, E/2), fp32 or wider."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def to(self, device: torch.device) -> Rotation:
+        """The same rotation on another device."""
+        return Rotation(self.cos.to(device), self.sin.to(device))
+
+
+def rope_frequencies(head_width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Radians a position, (E/2,), in fp64; `scaling` is Llama 3.1's (arXiv 2407.21783)."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
+    frequencies = theta**-exponents
+    if scaling is None:
+        return frequencies
+    # Wavelengths shorter than the original context / high_freq_factor stay, those longer than
+    # context / low_freq_factor stretch by `factor`, and those between are blended linearly.
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rotation_at(positions_T: Tensor, frequencies_E: Tensor, dtype: torch.dtype) -> Rotation:
+    """The rotation of tokens at these positions; angles are computed in fp64, kept in `dtype`."""
+    angles = positions_T.to(torch.float64)[:, None, None] * frequencies_E
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rope_forward(x_THE: Tensor, rotation: Rotation) -> None:
+    """Rotate the heads of `x_THE` (T, H, E) in place."""
+    _rotate(x_THE, rotation.cos, rotation.sin, out=x_THE)
+
+
+def rope_backward(dy_THE: Tensor, rotation: Rotation, out: Tensor) -> None:
+    """Write the gradient before the rotation into `out` (T, H, E): the inverse rotation of dy."""
+    _rotate(dy_THE, rotation.cos, -rotation.sin, out=out)
+
+
+def _rotate(x_THE: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    x1, x2 = (half.to(cos.dtype) for half in x_THE.chunk(2, dim=-1))
+    y1 = (x1 * cos).sub_(x2 * sin)
+    y2 = (x2 * cos).add_(x1 * sin)
+    half = x_THE.shape[-1] // 2
+    out[..., :half] = y1
+    out[..., half:] = y2

@@ -1,0 +1,48 @@
+"""Where passes keep what the backward needs: one saved set a (micro-batch, layer).
+
+Every set is taken exactly once, by the pass that last needs it, so what is held at any time can be
+counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+Saved = dict[str, Tensor]
+
+
+class Stash:
+    """Saved sets by key."""
+
+    def __init__(self) -> None:
+        self._sets: dict[Hashable, Saved] = {}
+
+    def put(self, key: Hashable, saved: Saved) -> None:
+        """Keep a saved set until it is taken."""
+        self._sets[key] = saved
+
+    def take(self, key: Hashable) -> Saved:
+        """Hand over a saved set and forget it."""
+        return self._sets.pop(key)
+
+    def peek(self, key: Hashable) -> Saved:
+        """Look at a saved set that stays."""
+        return self._sets[key]
+
+    def clear(self) -> None:
+        """Forget everything: a step was abandoned."""
+        self._sets.clear()
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def bytes_held(self) -> int:
+        """Bytes of all storages that the saved sets keep alive, each counted once."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for saved in self._sets.values()
+            for t in saved.values()
+        }
+        return sum(storages.values())

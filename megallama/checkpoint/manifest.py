@@ -1,0 +1,100 @@
+"""The manifest: what a checkpoint holds, independent of the layout that wrote it.
+
+`manifest.json` is written last and by rename, so a directory that has one is complete. It names
+every global tensor with its dtype and shape, and every slice of it with its file, byte range and
+xxh3, plus the trainer's state, the config and the tokenizer's hash. Its own hash is its last key.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megallama.errors import CorruptError
+from megallama.files import write_atomic
+
+MANIFEST = "manifest.json"
+FORMAT = "megallama-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A rectangle of a global tensor: where it begins, its shape, and where its bytes lie."""
+
+    file: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A global tensor. `dtype` is safetensors' word for it (F32, BF16, …)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`state` is the trainer's (step, samples consumed, …), `config` the run's, both plain JSON."""
+
+    state: dict[str, Any]
+    config: dict[str, Any]
+    tokenizer_hash: str | None
+    tensors: dict[str, Entry]
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Commit a checkpoint whose files are already on the disk."""
+    body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    body["xxh3"] = _digest(body)
+    write_atomic(directory / MANIFEST, json.dumps(body, indent=1).encode())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and verify a manifest.
+
+    Raises:
+        CorruptError: it is missing, not valid JSON, of another format, or fails its own hash.
+    """
+    path = directory / MANIFEST
+    try:
+        body = json.loads(path.read_bytes())
+        recorded = body.pop("xxh3")
+        version = body.pop("version") if body["format"] == FORMAT else None
+        intact = recorded == _digest({**body, "version": version})
+    except FileNotFoundError:
+        raise CorruptError(
+            f"{directory}: no {MANIFEST}, so this is no finished checkpoint; name another"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact, version = False, VERSION
+    if not intact:
+        raise CorruptError(f"{path}: damaged; use an older checkpoint")
+    if version != VERSION:
+        raise CorruptError(f"{path}: format version {version}, this megallama reads {VERSION}")
+    tensors = {
+        name: Entry(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            tuple(
+                Slice(**{**s, "start": tuple(s["start"]), "shape": tuple(s["shape"])})
+                for s in entry["slices"]
+            ),
+        )
+        for name, entry in body["tensors"].items()
+    }
+    return Manifest(body["state"], body["config"], body["tokenizer_hash"], tensors)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())

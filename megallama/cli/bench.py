@@ -1,0 +1,41 @@
+"""Time training steps of a config, on its data or on synthetic tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="local workers")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write the figures here")
+    parser.epilog = (
+        "mfu counts 6·L·[(2+2K/H)·D²+3·D·F] + 6·V·D + 6·L·D·S FLOPs a token (causal attention "
+        "half), mfu_6n counts 6·parameters; both are null where the device's peak is unknown."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the figures, and write them with --json."""
+    import json
+
+    from megallama.config.load import check_supported, load_config
+    from megallama.errors import EXIT_DONE, ConfigError
+    from megallama.files import refuse_os_errors
+    from megallama.train.bench import bench
+
+    if args.steps < 1 or args.warmup < 0:
+        raise ConfigError(f"--steps {args.steps} --warmup {args.warmup}: at least 1 and 0")
+    config = load_config(args.config, args.overrides)
+    check_supported(config, args.nproc)
+    figures = bench(config, args.steps, args.warmup)
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if args.json:
+        with refuse_os_errors("write", args.json):
+            args.json.write_text(text + "\n")
+    return EXIT_DONE

@@ -1,0 +1,48 @@
+"""The `megallama` command: finds the subcommand, and turns a UserError into one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megallama import __version__
+from megallama.errors import EXIT_INTERRUPTED, UserError
+
+#: Subcommand → what `megallama --help` says of it.
+COMMANDS = {
+    "train": "train a model from a config",
+    "bench": "time training steps of a config",
+    "generate": "continue a prompt with a checkpoint",
+    "report": "draw a run's curves: one picture and one page",
+    "tokenizer": "train a tokenizer",
+    "data": "build and inspect token files",
+    "doctor": "say what this machine can do",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="megallama", description="Pretrains LLaMA models with 3D parallelism."
+    )
+    parser.add_argument("--version", action="version", version=f"megallama {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if words and words[0] == name:  # the others are listed, not imported
+            module = importlib.import_module(f"megallama.cli.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(words)
+    try:
+        code: int = args.run(args)
+        return code
+    except UserError as error:
+        print(f"megallama: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("megallama: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED

@@ -1,0 +1,35 @@
+"""Draw a run's loss, learning rate, gradient norm and throughput: one picture and one page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="the run's directory, such as runs/NAME"
+    )
+    parser.add_argument(
+        "--json", metavar="PATH", type=Path, help="also write the table's figures here"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes RUN_DIR/report/{loss.png,index.html} and prints the page's path."""
+    import json
+
+    from megallama.errors import EXIT_DONE, ConfigError
+    from megallama.train.report import read_run, summarise, write_report
+
+    page = write_report(args.run_dir)
+    if args.json is not None:
+        figures = json.dumps(summarise(read_run(args.run_dir)), indent=2)
+        try:
+            args.json.write_text(figures + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"--json {args.json}: {error.strerror}: give a path that can be written"
+            ) from error
+    print(page)
+    return EXIT_DONE

@@ -1,0 +1,232 @@
+"""Values that are right on their own and do not fit together.
+
+Each check takes the values named beside it in `CHECKS` and yields a fault for each contradiction.
+It runs whenever those values are valid, whatever else is wrong, so that one try shows every fault.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from math import gcd, isqrt
+from pathlib import Path
+from typing import Any
+
+from megallama.config.faults import Fault, at
+from megallama.config.schema import Phase, Source, steps_of
+
+Faults = Iterator[Fault]
+
+
+def cross_check(valid: Mapping[str, Any]) -> Faults:
+    """The faults among `valid`, the values by `section.key` that are right on their own."""
+    for check, keys in CHECKS:
+        if all(key in valid for key in keys.split()):
+            yield from check(*(valid[key] for key in keys.split()))
+
+
+def _divisors(n: int) -> set[int]:
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return {*small, *(n // d for d in small)}
+
+
+def _nearest(value: int, fitting: Iterable[int]) -> str:
+    """`12 or 16`: the nearest fitting numbers below and above."""
+    below = [n for n in fitting if n < value]
+    above = [n for n in fitting if n > value]
+    return " or ".join(str(n) for n in (*sorted(below)[-1:], *sorted(above)[:1]))
+
+
+def _multiples(value: int, unit: int) -> str:
+    return _nearest(value, {value // unit * unit, (value // unit + 1) * unit} - {0})
+
+
+def _head_width(d_model: int, heads: int) -> Faults:
+    if d_model % heads:
+        wrong = f"does not divide model.d_model={d_model}"
+    elif d_model // heads % 2:
+        wrong = f"gives heads of odd width {d_model // heads}, and RoPE turns pairs"
+    else:
+        return
+    if d_model % 2:
+        remedy = "make model.d_model even"
+    else:
+        remedy = f"the nearest that fits is {_nearest(heads, _divisors(d_model // 2))}"
+    yield Fault(at("model.heads", heads), wrong, remedy)
+
+
+def _kv_heads(heads: int, kv_heads: int) -> Faults:
+    if heads % kv_heads:
+        yield Fault(
+            at("model.kv_heads", kv_heads),
+            f"does not divide model.heads={heads}",
+            f"the nearest that divides is {_nearest(kv_heads, _divisors(heads))}",
+        )
+
+
+def _tensor_splits_heads(heads: int, tensor: int) -> Faults:
+    yield from _tensor_splits("model.heads", heads, tensor)
+
+
+def _tensor_splits_ffn(ffn: int, tensor: int) -> Faults:
+    yield from _tensor_splits("model.ffn", ffn, tensor)
+
+
+def _tensor_splits(key: str, size: int, tensor: int) -> Faults:
+    if size % tensor:
+        yield Fault(
+            at("parallel.tensor", tensor),
+            f"does not divide {key}={size}",
+            f"the nearest that divides is {_nearest(tensor, _divisors(size))}",
+        )
+
+
+def _tensor_splits_kv_heads(kv_heads: int, tensor: int) -> Faults:
+    if kv_heads % tensor and tensor % kv_heads:
+        fitting = _divisors(kv_heads) | {tensor // kv_heads * kv_heads}
+        yield Fault(
+            at("parallel.tensor", tensor),
+            f"neither divides model.kv_heads={kv_heads} nor is a multiple of it",
+            f"the nearest that fits is {_nearest(tensor, fitting - {0})}",
+        )
+
+
+def _tensor_splits_sequence(
+    sequence_length: int, micro_batch: int, tensor: int, sequence_parallel: bool
+) -> Faults:
+    if sequence_parallel and sequence_length * micro_batch % tensor:
+        nearest = _multiples(sequence_length, tensor // gcd(tensor, micro_batch))
+        yield Fault(
+            at("train.sequence_length", sequence_length),
+            f"times train.micro_batch={micro_batch} is not a multiple of parallel.tensor={tensor}",
+            f"the nearest that fits is {nearest}, or set parallel.sequence_parallel=false",
+        )
+
+
+def _batch(global_batch: int, micro_batch: int, data: int | None) -> Faults:
+    unit = micro_batch * (data or 1)
+    if global_batch % unit:
+        ranks = f" x parallel.data={data}" if data else ""
+        yield Fault(
+            at("train.global_batch", global_batch),
+            f"is not a multiple of train.micro_batch={micro_batch}{ranks}",
+            f"the nearest that fits is {_multiples(global_batch, unit)}",
+        )
+
+
+def _length(steps: int | None, tokens: int | None) -> Faults:
+    if steps and tokens:
+        yield Fault(
+            at("train.steps", steps), f"given with train.tokens={tokens}", "set one to null"
+        )
+    if not steps and not tokens:
+        yield Fault("train.steps", "is missing, and so is train.tokens", "set one of them")
+
+
+def _rates(lr: float, min_lr: float) -> Faults:
+    if min_lr > lr:
+        yield Fault(
+            at("optimizer.min_lr", min_lr),
+            f"is above optimizer.lr={lr}",
+            f"give at most {lr}, or leave it out for a tenth of that",
+        )
+
+
+def _decay(
+    steps: int | None,
+    tokens: int | None,
+    sequence_length: int,
+    global_batch: int,
+    decay_steps: int | None,
+) -> Faults:
+    total = steps or steps_of(tokens or 0, sequence_length, global_batch)
+    if not total:
+        return  # neither was given: `_length` says so
+    if decay_steps and decay_steps > total:
+        yield Fault(
+            at("optimizer.decay_steps", decay_steps),
+            f"exceeds the run's {total} steps",
+            f"give at most {total}",
+        )
+
+
+def _wsd(schedule: str, decay_steps: int | None) -> Faults:
+    if schedule == "wsd" and not decay_steps:
+        yield Fault(
+            at("optimizer.schedule", schedule),
+            "needs optimizer.decay_steps",
+            "set it to the length of the final decay, such as a tenth of the run's steps",
+        )
+    if schedule != "wsd" and decay_steps:
+        yield Fault(
+            at("optimizer.decay_steps", decay_steps),
+            f"is not used by optimizer.schedule={schedule}",
+            "remove it or use the wsd schedule",
+        )
+
+
+def _phases(mixture: tuple[Source, ...], phases: tuple[Phase, ...]) -> Faults:
+    if mixture and phases:
+        yield Fault(
+            f"data.phases (of {len(phases)})", "given with data.mixture", "remove one of them"
+        )
+    ends = [phase.until_tokens for phase in phases]
+    for i, (end, following) in enumerate(pairwise(ends)):
+        if end is None:
+            yield Fault(
+                f"data.phases.{i}.until_tokens",
+                "is missing, and other phases follow",
+                "set it: the last phase alone may go without",
+            )
+        elif following is not None and following <= end:
+            yield Fault(
+                at(f"data.phases.{i + 1}.until_tokens", following),
+                f"is not above the phase before it, which ends at {end}",
+                "put the phases in order: each counts tokens from the start of the run",
+            )
+
+
+def _sources(mixture: tuple[Source, ...], phases: tuple[Phase, ...]) -> Faults:
+    mixtures = {"data.mixture": mixture}
+    mixtures |= {f"data.phases.{i}.mixture": phase.mixture for i, phase in enumerate(phases)}
+    paths: dict[str, Path] = {}
+    for place, sources in mixtures.items():
+        for name, times in Counter(source.name for source in sources).items():
+            if times > 1:
+                yield Fault(
+                    at(f"{place}.name", name),
+                    f"names {times} sources",
+                    "give each source a name of its own",
+                )
+        for source in {source.name: source for source in sources}.values():
+            first = paths.setdefault(source.name, source.path)
+            if source.path != first:
+                yield Fault(
+                    at(f"{place}.{source.name}.path", str(source.path)),
+                    f"the same source is at {first} in an earlier phase",
+                    "give it that path or another name",
+                )
+
+
+CHECKS: tuple[tuple[Callable[..., Faults], str], ...] = (
+    (_head_width, "model.d_model model.heads"),
+    (_kv_heads, "model.heads model.kv_heads"),
+    (_tensor_splits_heads, "model.heads parallel.tensor"),
+    (_tensor_splits_kv_heads, "model.kv_heads parallel.tensor"),
+    (_tensor_splits_ffn, "model.ffn parallel.tensor"),
+    (
+        _tensor_splits_sequence,
+        "train.sequence_length train.micro_batch parallel.tensor parallel.sequence_parallel",
+    ),
+    (_batch, "train.global_batch train.micro_batch parallel.data"),
+    (_length, "train.steps train.tokens"),
+    (_rates, "optimizer.lr optimizer.min_lr"),
+    (
+        _decay,
+        "train.steps train.tokens train.sequence_length train.global_batch optimizer.decay_steps",
+    ),
+    (_wsd, "optimizer.schedule optimizer.decay_steps"),
+    (_phases, "data.mixture data.phases"),
+    (_sources, "data.mixture data.phases"),
+)

@@ -1,0 +1,288 @@
+"""What a run is: every key, its unit and its default, as frozen pydantic sections.
+
+Values that are wrong on their own are refused here; values that do not fit together are refused in
+`checks`. Build a `Config` with `load.load_config` or `load.parse_config`, which run both and report
+every fault at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from megallama.config.presets import PRESETS, Preset
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads `1e-4` as text; give the number it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _whole(value: object) -> object:
+    """Token counts are written `1.0e12`; give the whole number."""
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _off(value: object) -> object:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+# Strict: pydantic would otherwise take `yes` for 1, 2.0 for 2 and "4" for 4.
+Count = Annotated[int, Field(strict=True, gt=0)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Tokens = Annotated[int, BeforeValidator(_whole), Field(strict=True, gt=0)]
+Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Strict(BaseModel):
+    """Frozen; refuses keys that it does not know; a field's docstring is its description."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class Section(Strict):
+    """A top-level section. Notes each value that is right on its own in the validation context,
+    under `section.key`, so that `checks` can run on what is valid while other values are not."""
+
+    @field_validator("*")
+    @classmethod
+    def _note(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.context is not None:
+            info.context[f"{cls.__name__.lower()}.{info.field_name}"] = value
+        return value
+
+
+class Run(Section):
+    name: Name
+    """Name of the run and of its directory. Default: the config file's name without its suffix."""
+    root: Path = Path("runs")
+    """The folder that holds the run directories."""
+    seed: CountOrZero = 1234
+    """Decides initial weights and data order, at any layout."""
+
+    @property
+    def directory(self) -> Path:
+        """Where this run's config, metrics and checkpoints go."""
+        return self.root / self.name
+
+
+class RopeScaling(Strict):
+    """Llama 3.1's frequency scaling (arXiv 2407.21783), which lengthens a trained context."""
+
+    factor: Positive
+    """By how much low frequencies are slowed."""
+    low_freq_factor: Positive
+    """Wavelengths above original_context / low_freq_factor are slowed by the whole factor."""
+    high_freq_factor: Positive
+    """Wavelengths below original_context / high_freq_factor are left as they are."""
+    original_context: Count
+    """Context before the scaling, in tokens."""
+
+
+class Model(Section):
+    preset: Preset | None = None
+    """A published shape; the other keys of this section override its values."""
+    d_model: Count
+    """Width of the residual stream."""
+    layers: Count
+    """Number of decoder layers."""
+    heads: Count
+    """Number of query heads. The head width, d_model / heads, must be whole and even."""
+    kv_heads: Count = Field(default_factory=lambda valid: valid["heads"])
+    """Number of key/value heads; must divide heads. Default: heads."""
+    ffn: Count
+    """Width of the SwiGLU feed-forward layer."""
+    vocab: Count
+    """Number of token ids."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary position frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Frequency scaling as in Llama 3.1, or null."""
+    norm_eps: Positive = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    tie_embeddings: Flag = False
+    """Use the embedding's weight as the output weight too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and isinstance(given.get("preset"), str):
+            return {**PRESETS.get(given["preset"], {}), **given}
+        return given
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, E = D / H."""
+        return self.d_model // self.heads
+
+
+class Train(Section):
+    steps: Count | None = None
+    """Length of the run in optimizer steps. Give this or tokens."""
+    tokens: Tokens | None = None
+    """Length of the run in tokens, rounded up to whole steps. Give this or steps."""
+    sequence_length: Count
+    """Tokens in a sequence."""
+    global_batch: Count
+    """Sequences in an optimizer step, over all ranks."""
+    micro_batch: Count = 1
+    """Sequences in one forward pass of one data-parallel rank."""
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """Type of weights and activations in the passes; gradients and masters are fp32 or wider."""
+    saved_activations: Literal[
+        "linear_outputs", "all", "no_attention_output", "no_gate_up", "layer_input"
+    ] = "linear_outputs"
+    """What a layer keeps from its forward for its backward; the rest is recomputed."""
+    deterministic: Flag = False
+    """Ask for the same bits on every run, also on CUDA; slower there."""
+    max_minutes: Positive | None = None
+    """Save and stop after so many minutes (exit code 75); null: no limit."""
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in optimizer steps, however it was given."""
+        return self.steps or steps_of(self.tokens or 0, self.sequence_length, self.global_batch)
+
+
+class Parallel(Section):
+    tensor: Count = 1
+    """Ranks that share each layer."""
+    pipeline: Count = 1
+    """Ranks that share the stack of layers."""
+    data: Count | None = None
+    """Replicas of the model; null: what tensor and pipeline leave of the ranks."""
+    sequence_parallel: Flag = True
+    """Split norms and the residual stream over the tensor ranks, along the sequence."""
+    virtual_stages: Count = 1
+    """Chunks of layers on each pipeline rank."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    overlap: Literal["none", "backward", "full"] = "backward"
+    """Which passes hide their tensor-parallel communication under compute."""
+
+
+class Optimizer(Section):
+    lr: Positive
+    """Peak learning rate."""
+    min_lr: NonNegative = Field(default_factory=lambda valid: valid["lr"] / 10)
+    """Learning rate at the end of the schedule. Default: lr / 10."""
+    warmup_steps: CountOrZero = 100
+    """Steps of linear warm-up from 0 to lr."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course of the rate after warm-up; wsd: constant, then decay over the last decay_steps."""
+    decay_steps: Count | None = None
+    """Length of the final decay in steps; for the wsd schedule alone."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of AdamW's second moment."""
+    weight_decay: NonNegative = 0.1
+    """AdamW's decoupled weight decay, as a multiple of the learning rate."""
+    grad_clip: NonNegative | None = 1.0
+    """Largest global gradient norm; 0 or null: no clipping."""
+
+
+class Source(Strict):
+    name: Name
+    """Name of the source in logs and metrics."""
+    path: Path
+    """Folder with the source's token files."""
+    weight: Positive
+    """Share of the tokens, relative to the other weights of the mixture."""
+
+
+class Phase(Strict):
+    until_tokens: Tokens | None = None
+    """Token count of the run at which the phase ends; null in the last: the run's end."""
+    mixture: tuple[Source, ...] = Field(min_length=1)
+    """Sources of the phase."""
+
+
+class Data(Section):
+    tokenizer: Path | None = None
+    """Tokenizer file."""
+    mixture: tuple[Source, ...] = ()
+    """Sources of the whole run. Give this or phases, or neither (synthetic data, for bench)."""
+    phases: tuple[Phase, ...] = ()
+    """Mixtures that follow each other; the last lasts to the end of the run."""
+    mask_documents: Flag = False
+    """Keep attention inside a document where a sequence holds several."""
+
+    @property
+    def all_phases(self) -> tuple[Phase, ...]:
+        """The phases, a mixture being the only one; empty where the config names no data."""
+        return (Phase(mixture=self.mixture),) if self.mixture else self.phases
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the config names no data."""
+        return not self.all_phases
+
+
+class Validation(Section):
+    every: CountOrZero = 0
+    """Steps from one validation to the next; 0: never."""
+    sequences: Count = 64
+    """Sequences held out of each source."""
+
+
+class Checkpoint(Section):
+    every: CountOrZero = 0
+    """Steps from one checkpoint to the next; 0: only at the end of the run."""
+    keep: Count = 2
+    """Number of newest checkpoints kept."""
+
+
+class Log(Section):
+    every: Count = 1
+    """Steps from one console line to the next."""
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = "off"
+    """Weights & Biases: not used, written to disk, or sent."""
+    per_source: Flag = False
+    """Log the loss of each data source."""
+    layer_norms_every: CountOrZero = 0
+    """Steps from one log of the gradient norm of each layer to the next; 0: never."""
+
+
+class Config(Strict):
+    """A run. Every section is present, with its defaults resolved."""
+
+    run: Run
+    model: Model
+    train: Train
+    parallel: Parallel
+    optimizer: Optimizer
+    data: Data
+    validation: Validation
+    checkpoint: Checkpoint
+    log: Log
+
+
+def steps_of(tokens: int, sequence_length: int, global_batch: int) -> int:
+    """Steps that cover `tokens`, rounded up."""
+    return -(-tokens // (sequence_length * global_batch))

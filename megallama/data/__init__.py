@@ -1,0 +1,1 @@
+"""Tokenizer, token files, and the order in which a run reads them."""

@@ -1,0 +1,1 @@
+"""Process groups and asynchronous collectives; a collective returns a handle to wait for."""

@@ -1,0 +1,37 @@
+"""The errors a user can cause or meet, each with its documented exit code.
+
+An error names the thing, the value and the way out in one line; the command line prints that line
+and exits with `exit_code`. Anything else that escapes is a bug and shows a traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1  # a bug, or training that diverged
+EXIT_CORRUPT = 65  # corrupt data or checkpoint
+EXIT_LOST = 69  # a rank, device or network was lost: retry
+EXIT_STOPPED = 75  # stopped by a signal or the time box after saving: requeue
+EXIT_CONFIG = 78  # bad configuration
+EXIT_INTERRUPTED = 130  # stopped by the user after saving: do not requeue
+
+
+class UserError(Exception):
+    """Base of every error shown as one line rather than as a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(UserError):
+    """The configuration, or what it points at, cannot be trained (exit code 78)."""
+
+    exit_code = EXIT_CONFIG
+
+
+class CorruptError(UserError):
+    """A data file or checkpoint is damaged (exit code 65)."""
+
+    exit_code = EXIT_CORRUPT
+
+
+class DivergedError(UserError):
+    """Training produced non-finite values ten steps in a row (exit code 1)."""

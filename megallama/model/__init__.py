@@ -1,0 +1,1 @@
+"""LLaMA put together: the passes of a whole micro-batch, and the initial weights."""

@@ -1,0 +1,115 @@
+"""LLaMA (arXiv 2302.13971): embedding, decoder layers, head, as passes over one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from megallama.autograd.attention import Segments
+from megallama.autograd.head import Head
+from megallama.autograd.layer import DecoderLayer, Heads, Positions
+from megallama.autograd.linear import linear_forward
+from megallama.autograd.passes import Pass, WgradQueue
+from megallama.autograd.rope import rope_frequencies, rotation_at
+from megallama.autograd.stash import Stash
+from megallama.config.schema import Model
+from megallama.dist.group import Group
+from megallama.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megallama.parallel.norm import SequenceParallelRMSNorm
+from megallama.parallel.state import ParameterState
+from megallama.parallel.vocab import VocabParallelEmbedding, VocabParallelOutput
+from megallama.spec.parameters import FINAL_NORM, layer_name
+from megallama.spec.saved import POLICIES
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B samples of S tokens as passes see them: T = B·S tokens in sample order.
+
+    `labels_T` holds each token's successor, or `IGNORE`.
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    positions: Positions
+
+
+class Llama:
+    """The model's passes. Weights live in `state`; groups are arguments."""
+
+    def __init__(
+        self, config: Model, state: ParameterState, tensor_group: Group, policy: str
+    ) -> None:
+        self.config, self.state = config, state
+        self.embedding = VocabParallelEmbedding(state, tensor_group)
+        self.layers = [
+            _decoder_layer(config, state, tensor_group, index, POLICIES[policy])
+            for index in range(config.layers)
+        ]
+        norm = SequenceParallelRMSNorm(FINAL_NORM, state, config.norm_eps)
+        self.head = Head(norm, VocabParallelOutput(state, tensor_group))
+        self.frequencies_E = rope_frequencies(
+            config.head_width, config.rope_theta, config.rope_scaling
+        )
+
+    def forward(self, batch: MicroBatch, stash: Stash | None) -> Pass[Tensor]:
+        """Return each token's loss (T,), zero where the label is IGNORE.
+
+        With a stash every layer leaves its saved set there for `backward`, which must follow.
+        """
+        x_tD = yield from self._hidden(batch.tokens_T, batch.positions, stash)
+        return (yield from self.head.forward(x_tD, batch.labels_T, stash, "head"))
+
+    def backward(self, batch: MicroBatch, stash: Stash, queue: WgradQueue) -> Pass[None]:
+        """Add the gradients of the summed loss to the gradient buffers."""
+        dz_tD = yield from self.head.backward(stash.take("head"))
+        for index in reversed(range(len(self.layers))):
+            saved = stash.take(index)
+            layer = self.layers[index]
+            dz_tD = yield from layer.backward(dz_tD, batch.positions, saved, queue)
+        yield from self.embedding.backward(dz_tD, batch.tokens_T)
+
+    def logits(self, tokens_T: Tensor, positions: Positions) -> Pass[Tensor]:
+        """The logits (T, V) of every token."""
+        x_tD = yield from self._hidden(tokens_T, positions, None)
+        norm, output = self.head.norm, self.head.output
+        n_TD = yield output.gather(norm.forward(x_tD, (yield norm.weight())))
+        return linear_forward(n_TD, (yield output.weight()))
+
+    def positions(self, lengths: Sequence[Sequence[int]]) -> Positions:
+        """Positions of samples made of documents of these lengths; each document starts at 0."""
+        device = self.state.flat_weights.device
+        documents = tuple(chain.from_iterable(lengths))
+        positions_T = torch.cat([torch.arange(length) for length in documents])
+        rotation = rotation_at(positions_T, self.frequencies_E, self.state.wide)
+        return Positions(rotation.to(device), Segments(documents))
+
+    def _hidden(self, tokens_T: Tensor, positions: Positions, stash: Stash | None) -> Pass[Tensor]:
+        x_tD = yield from self.embedding.forward(tokens_T)
+        for index, layer in enumerate(self.layers):
+            x_tD = yield from layer.forward(x_tD, positions, stash, index)
+        return x_tD
+
+
+def _decoder_layer(
+    config: Model, state: ParameterState, group: Group, index: int, saves: frozenset[str]
+) -> DecoderLayer:
+    def norm(name: str) -> SequenceParallelRMSNorm:
+        return SequenceParallelRMSNorm(layer_name(index, name), state, config.norm_eps)
+
+    def column(name: str) -> ColumnParallelLinear:
+        return ColumnParallelLinear(layer_name(index, name), state, group)
+
+    def row(name: str) -> RowParallelLinear:
+        return RowParallelLinear(layer_name(index, name), state, group)
+
+    return DecoderLayer(
+        Heads(config.heads // group.size, config.kv_heads // group.size, config.head_width),
+        (norm("attention_norm"), column("wqkv"), row("wo")),
+        (norm("ffn_norm"), column("w13"), row("w2")),
+        saves,
+    )

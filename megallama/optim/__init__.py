@@ -1,0 +1,1 @@
+"""The optimizer: AdamW on wide masters, the global gradient norm, the learning-rate schedule."""

@@ -1,0 +1,1 @@
+"""Who owns what: the linears, norms and buffers that the passes are given."""

@@ -1,0 +1,49 @@
+"""Column- and row-parallel linears (Megatron-LM, arXiv 1909.08053; sequence parallel, 2205.05198).
+
+Both run the same three GEMMs on the shard that this rank holds. They differ in what is divided:
+a column-parallel weight by its outputs, so its input must be whole and its input's gradient is a
+partial sum; a row-parallel one by its inputs, so its output is a partial sum and its output's
+gradient must be whole.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
+from megallama.dist.group import Group
+from megallama.dist.handle import Handle
+from megallama.parallel.state import ParameterState
+
+
+class ParallelLinear:
+    """A linear's shard: its GEMMs, and the collectives that surround them."""
+
+    def __init__(self, name: str, state: ParameterState, group: Group) -> None:
+        self.name, self.state, self.group = name, state, group
+
+    def gather(self, x_tD: Tensor) -> Handle[Tensor]:
+        return self.group.all_gather(x_tD)
+
+    def scatter(self, y_TD: Tensor) -> Handle[Tensor]:
+        return self.group.reduce_scatter(y_TD)
+
+    def weight(self) -> Handle[Tensor]:
+        return self.state.weight(self.name)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return linear_forward(x, w)
+
+    def dgrad(self, dy: Tensor, w: Tensor) -> Tensor:
+        return linear_dgrad(dy, w)
+
+    def wgrad(self, dy: Tensor, x: Tensor) -> None:
+        linear_wgrad(dy, x, self.state.gradients[self.name])
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """x_tD gathered → x_TD · w_fDᵀ = y_Tf; backward dy_Tf · w_fD = dx_TD, scattered → dx_tD."""
+
+
+class RowParallelLinear(ParallelLinear):
+    """x_Tf · w_Dfᵀ = y_TD, scattered → y_tD; backward dy_tD gathered → dy_TD · w_Df = dx_Tf."""

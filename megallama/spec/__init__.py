@@ -1,0 +1,1 @@
+"""What follows from a configuration by arithmetic. Nothing here imports torch."""

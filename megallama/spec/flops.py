@@ -1,0 +1,31 @@
+"""Floating-point operations of a training step, and the peaks that utilisation is measured by."""
+
+from __future__ import annotations
+
+from megallama.config.schema import Model
+
+#: Dense bf16 peak in FLOP/s by a word of the device's name (vendors' data sheets). A device that is
+#: not listed has no utilisation: a denominator is never guessed.
+PEAK_FLOPS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def flops_per_token(model: Model, sequence_length: int) -> float:
+    """FLOPs of forward and backward a token: 6·L·[(2+2K/H)·D² + 3·D·F] + 6·V·D + 6·L·D·S.
+
+    A multiply-add counts two, the backward twice the forward, causal attention half of S², and
+    recomputation nothing.
+    """
+    d, layers = model.d_model, model.layers
+    attention = (2 + 2 * model.kv_heads / model.heads) * d * d
+    matrices = layers * (attention + 3 * d * model.ffn) + model.vocab * d
+    return 6.0 * matrices + 6.0 * layers * d * sequence_length
+
+
+def flops_per_token_6n(parameters: int) -> float:
+    """The plain estimate, 6 FLOPs a parameter and token (arXiv 2001.08361): no attention term."""
+    return 6.0 * parameters
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The bf16 peak of the named device, or None where it is unknown."""
+    return next((peak for word, peak in PEAK_FLOPS.items() if word in device_name), None)

@@ -1,0 +1,1 @@
+"""The training job: what is built, one step, the loop around it, and what it reports."""

@@ -1,0 +1,69 @@
+"""Timed training steps: throughput as the LLaMA paper quotes it, tokens/s/GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from megallama.config.schema import Config
+from megallama.data.dataset import Batch
+from megallama.train.build import Trainer, build_dataset, build_trainer
+from megallama.train.device import device_name
+from megallama.train.doctor import versions
+from megallama.train.throughput import speed
+
+
+def bench(config: Config, steps: int, warmup: int) -> dict[str, Any]:
+    """Time `steps` training steps after `warmup`; rates are those of the median step."""
+    trainer = build_trainer(config)
+    batches = _batches(config)
+    seconds = [_timed_step(trainer, batches(step)) for step in range(warmup + steps)][warmup:]
+    tokens = config.train.global_batch * config.train.sequence_length
+    figures = speed(trainer, tokens, statistics.median(seconds))
+    figures["peak_memory_bytes"] = figures.pop("memory_bytes")
+    return {
+        "config": config.run.name,
+        "steps": steps,
+        "tokens_per_step": tokens,
+        "step_seconds": {
+            "min": min(seconds),
+            "median": statistics.median(seconds),
+            "max": max(seconds),
+        },
+        **figures,
+        "parameters": trainer.parameters,
+        "layout": {"tensor": 1, "pipeline": 1, "data": 1},
+        "data": "synthetic" if config.data.is_empty else "real",
+        "precision": config.train.precision,
+        "device": device_name(trainer.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _timed_step(trainer: Trainer, batch: Batch) -> float:
+    began = time.perf_counter()
+    trainer.step.run(batch, trainer.config.optimizer.lr)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    return time.perf_counter() - began
+
+
+def _batches(config: Config) -> Callable[[int], Batch]:
+    """The batch of a step: from the config's data, or uniform random tokens where it has none."""
+    size, length = config.train.global_batch, config.train.sequence_length
+    if not config.data.is_empty:
+        dataset = build_dataset(config)
+        return lambda step: dataset.batch(step * size, size)
+
+    def synthetic(step: int) -> Batch:
+        generator = np.random.default_rng((config.run.seed, step))
+        tokens = generator.integers(0, config.model.vocab, (size, length + 1), dtype=np.int64)
+        return Batch(tokens[:, :-1], tokens[:, 1:], np.zeros(size, dtype=np.int64), None)
+
+    return synthetic

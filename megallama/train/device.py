@@ -1,0 +1,56 @@
+"""The device a run trains on: which, how fast at best, how full."""
+
+from __future__ import annotations
+
+import platform
+import resource
+
+import torch
+
+from megallama.errors import ConfigError
+from megallama.spec.flops import peak_flops
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def choose_device(precision: str) -> torch.device:
+    """CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: the precision is one that CUDA's flash attention does not take.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if precision != "bf16":
+        raise ConfigError(
+            f"train.precision={precision}: flash attention on CUDA takes bf16 only; "
+            "set train.precision=bf16, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its vendor gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, None where unknown (every CPU)."""
+    return peak_flops(device_name(device)) if device.type == "cuda" else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def bf16_is_emulated(device: torch.device) -> bool:
+    """Whether bf16 GEMMs run without bf16 units: 20 times slower than fp32 on such a CPU."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,42 @@
+"""What a machine has of what training uses: versions, devices, optional packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+
+import torch
+
+from megallama import __version__
+from megallama.train.device import bf16_is_emulated, device_name
+
+OPTIONAL = {
+    "flash_attn": "flash-attn: attention kernels for CUDA (PyTorch's own are used instead)",
+    "amp_C": "apex: fused AdamW for CUDA (PyTorch's own is used instead)",
+    "wandb": "wandb: experiment tracking (metrics.jsonl is always written)",
+    "pyarrow": "pyarrow: parquet input for `megallama data build`",
+}
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("torch", "numpy", "sentencepiece", "safetensors")
+    packages = {name: importlib.metadata.version(name) for name in names}
+    return {"megallama": __version__, "python": platform.python_version(), **packages}
+
+
+def findings() -> Iterator[str]:
+    """One line for each thing looked at."""
+    yield ", ".join(f"{name} {version}" for name, version in versions().items())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield f"device: {device_name(device)} ({device.type}), {os.cpu_count()} CPU cores"
+    if bf16_is_emulated(device):
+        yield "bf16: emulated, many times slower than fp32; train with train.precision=fp32"
+    else:
+        yield "bf16: native"
+    for module, purpose in OPTIONAL.items():
+        found = "found" if importlib.util.find_spec(module) else "not found"
+        yield f"{found}: {purpose}"

@@ -1,0 +1,50 @@
+"""Greedy continuation of a prompt, to see what a checkpoint has learned.
+
+Every token is predicted from the whole text before it, through the training forward itself: slow
+and simple. Serving is another system's job.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megallama.autograd.passes import drive
+from megallama.config.load import parse_config
+from megallama.data.tokenizer import Tokenizer
+from megallama.errors import ConfigError
+from megallama.train.build import build_model
+from megallama.train.device import choose_device
+from megallama.train.snapshot import find_checkpoint, restore_weights
+
+
+def generate(path: Path, prompt: str, count: int) -> str:
+    """The prompt and up to `count` tokens more, ending early at the end of the document.
+
+    Raises:
+        ConfigError: the checkpoint names no tokenizer, or another than it was trained with.
+        CorruptError: the checkpoint is damaged.
+    """
+    checkpoint = find_checkpoint(path)
+    config = parse_config(checkpoint.manifest.config)
+    if config.data.tokenizer is None:
+        raise ConfigError(f"{path}: trained without data.tokenizer, so it cannot read a prompt")
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if tokenizer.hash != checkpoint.manifest.tokenizer_hash:
+        raise ConfigError(
+            f"{config.data.tokenizer}: not the tokenizer that {path} was trained with; "
+            "restore that one"
+        )
+    model = build_model(config, choose_device(config.train.precision))
+    restore_weights(model, checkpoint)
+    tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
+    for _ in range(count):
+        window = torch.tensor(tokens[-config.train.sequence_length :])
+        logits_TV = drive(model.logits(window, model.positions([[len(window)]])))
+        # Ids beyond the tokenizer's are padding of the vocabulary and mean nothing.
+        token = int(logits_TV[-1, : tokenizer.vocab_size].argmax())
+        if token == tokenizer.eos:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens[1:])

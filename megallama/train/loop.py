@@ -1,0 +1,159 @@
+"""The training loop. Nothing in this file knows that the model is a LLaMA."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megallama.config.schema import Config
+from megallama.data.dataset import Dataset
+from megallama.errors import EXIT_DONE, EXIT_STOPPED, DivergedError
+from megallama.optim.schedule import learning_rate
+from megallama.train.build import Trainer
+from megallama.train.console import Console
+from megallama.train.metrics import MetricsWriter
+from megallama.train.signals import StopSignals
+from megallama.train.snapshot import Progress, save
+from megallama.train.step import StepResult
+from megallama.train.throughput import speed
+from megallama.train.trackers import Tracker, wandb_tracker
+from megallama.train.validate import validate
+
+#: Steps in a row that may be left out for a non-finite value before the run is given up.
+MOST_FAILURES = 10
+
+
+class Loop:
+    """Runs steps from wherever the progress stands to the end, a stop request or the time box."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset,
+        progress: Progress,
+        tokenizer_hash: str | None,
+        console: Console,
+    ) -> None:
+        self.trainer, self.dataset, self.progress = trainer, dataset, progress
+        self.config: Config = trainer.config
+        self.tokenizer_hash, self.console = tokenizer_hash, console
+        self.directory: Path = self.config.run.directory
+        self.total_steps = self.config.train.total_steps
+
+    def run(self, stop: StopSignals) -> int:
+        """Train; return the exit code. Whatever ends the loop, the last step is saved.
+
+        Raises:
+            DivergedError: ten steps in a row were not finite; nothing is saved then.
+        """
+        with ExitStack() as stack:
+            self.metrics = stack.enter_context(MetricsWriter(self.directory / "metrics.jsonl"))
+            self.metrics.truncate_after(self.progress.step)
+            self.tracker = self._tracker()
+            stack.callback(self.tracker.close)
+            code = self._steps(stop)
+            self._save()
+        return code
+
+    def _steps(self, stop: StopSignals) -> int:
+        minutes = self.config.train.max_minutes
+        deadline = time.monotonic() + 60 * minutes if minutes else None
+        while self.progress.step < self.total_steps:
+            self._step()
+            every = self.config.checkpoint.every
+            if every and self.progress.step % every == 0:
+                self._save()
+            if stop.code is not None:
+                return stop.code
+            if deadline and time.monotonic() > deadline and self.progress.step < self.total_steps:
+                self.console.message(f"time box of {minutes:g} minutes: saving and stopping")
+                return EXIT_STOPPED
+        return EXIT_DONE
+
+    def _step(self) -> None:
+        config, progress = self.config, self.progress
+        step = progress.step + 1
+        began = time.perf_counter()
+        lr = learning_rate(config.optimizer, step, self.total_steps)
+        batch = self.dataset.batch(progress.samples, config.train.global_batch)
+        norms_every = config.log.layer_norms_every
+        result = self.trainer.step.run(batch, lr, bool(norms_every) and step % norms_every == 0)
+        seconds = time.perf_counter() - began
+        progress.step = step
+        progress.samples += config.train.global_batch
+        progress.tokens += result.tokens
+        self._count(result)
+        row = self._row(result, lr, seconds)
+        self.metrics.write(row)
+        self.tracker.step(row, progress.samples)
+        self.console.step(row)
+        if config.validation.every and (
+            step % config.validation.every == 0 or step == self.total_steps
+        ):
+            self._validate()
+
+    def _count(self, result: StepResult) -> None:
+        progress = self.progress
+        if result.applied:
+            progress.updates += 1
+            progress.failures = 0
+            return
+        progress.skipped += 1
+        reason = result.fault or "no token of the batch has a label"
+        self.console.message(f"step {progress.step} left out: {reason}")
+        if result.fault is not None:
+            progress.failures += 1
+        if progress.failures >= MOST_FAILURES:
+            raise DivergedError(
+                f"step {progress.step}: {MOST_FAILURES} steps in a row were not finite "
+                f"({reason}); resume from the last checkpoint with a lower optimizer.lr"
+            )
+
+    def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+        progress = self.progress
+        row = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "step_seconds": seconds,
+            **speed(self.trainer, result.tokens, seconds),
+        }
+        names = self.dataset.source_names
+        if self.config.log.per_source:
+            row["loss_per_source"] = {names[s]: loss for s, loss in result.source_losses.items()}
+            row["epochs"] = self.dataset.order.epochs(progress.samples)
+        if result.layer_norms:
+            row["layer_norms"] = vars(result.layer_norms)
+        if progress.skipped:
+            row["skipped_steps"] = progress.skipped
+        return row
+
+    def _validate(self) -> None:
+        result = validate(self.trainer.model, self.dataset, self.config.train.micro_batch)
+        row = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "validation_loss": result.loss,
+            "validation_loss_per_source": result.by_source,
+        }
+        self.metrics.write(row)
+        self.tracker.validation(row, self.progress.samples)
+        self.console.validation(row)
+
+    def _save(self) -> None:
+        folder = self.directory / "checkpoints"
+        save(self.trainer, self.progress, folder, self.tokenizer_hash)
+
+    def _tracker(self) -> Tracker:
+        config = self.config
+        return wandb_tracker(
+            config.log.wandb,
+            self.directory,
+            name=config.run.name,
+            config=config.model_dump(mode="json"),
+            warn=self.console.message,
+        )

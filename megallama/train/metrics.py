@@ -1,0 +1,150 @@
+"""A run's metrics.jsonl: one JSON object a line, one line a step and one a validation.
+
+Each line is one `write`, so a killed run leaves at most a torn last line: the reader passes over it
+and the writer cuts it off when it opens the file. JSON has no NaN: a non-finite number is null.
+
+Step rows hold: step tokens loss grad_norm lr step_seconds tokens_per_second
+tokens_per_second_per_gpu tflops_per_gpu mfu mfu_6n memory_bytes, and where they exist
+loss_per_source {name: loss}, epochs, layer_norms, skipped_steps. Validation rows hold: step tokens
+validation_loss validation_loss_per_source. Losses are in nats a token.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megallama.errors import CorruptError
+from megallama.files import write_atomic
+
+Row = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends rows to `path`. One writer a file; made by one rank only."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = self._open()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row. Raises OSError, with the file as it was, where the disk is full."""
+        line = _encode(row)
+        start = os.fstat(self._fd).st_size
+        if os.write(self._fd, line) != len(line):
+            os.ftruncate(self._fd, start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def truncate_after(self, step: int) -> int:
+        """Drop every row of a later step than `step` (a resumed run writes them again).
+
+        The file is replaced whole, so a kill leaves the old rows or the new ones. Returns the
+        number of rows dropped.
+        """
+        kept, dropped = [], 0
+        for line, row in _scan(self.path):
+            if row.get("step", step) > step:
+                dropped += 1
+            else:
+                kept.append(line)
+        if dropped:
+            write_atomic(self.path, b"".join(kept))
+            self.close()
+            self._fd = self._open()
+        return dropped
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> int:
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        _mend_tail(fd)
+        return fd
+
+
+def read_metrics(path: Path | str) -> list[Row]:
+    """The rows of metrics.jsonl in file order; a torn last line is passed over.
+
+    Raises CorruptError where another line is not a JSON object, OSError where the file cannot be
+    read.
+    """
+    return [row for _, row in _scan(Path(path))]
+
+
+def _encode(row: Mapping[str, Any]) -> bytes:
+    text = json.dumps(_finite(row), allow_nan=False, separators=(", ", ": "))
+    return text.encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers of any library as Python's, null where not finite."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    raise TypeError(f"a metric is a number, a text, a list or a dict, not {type(value).__name__}")
+
+
+def _scan(path: Path) -> Iterator[tuple[bytes, Row]]:
+    """Each line with its row; the last line may be torn or lack its newline."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            row = _parse(line)
+            if row is not None:
+                yield line if line.endswith(b"\n") else line + b"\n", row
+            elif line.endswith(b"\n"):
+                raise CorruptError(
+                    f"{path}, line {number} is not a JSON object: delete that line to go on"
+                )
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _mend_tail(fd: int) -> None:
+    """Cut a torn last line; give one that lacks only its newline the newline."""
+    size = end = os.fstat(fd).st_size
+    tail = b""
+    while end and b"\n" not in tail:
+        start = max(0, end - 4096)
+        tail = os.pread(fd, end - start, start) + tail
+        end = start
+    last = tail.rpartition(b"\n")[2]
+    if not last:
+        return
+    if _parse(last) is None:
+        os.ftruncate(fd, size - len(last))
+    else:
+        os.write(fd, b"\n")

@@ -1,0 +1,136 @@
+"""Between a trainer and a checkpoint: what is saved, what is restored, and from where.
+
+The whole state is the masters, the moments, and a few counters. Weights follow from the masters,
+data order and initial weights from the config, so there is no random state to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megallama.checkpoint.store import (
+    Checkpoint,
+    checkpoint_path,
+    committed_checkpoints,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from megallama.config.schema import Config
+from megallama.errors import ConfigError, CorruptError
+from megallama.model.llama import Llama
+from megallama.parallel.state import ParameterState
+from megallama.train.build import Trainer
+
+MASTER = "master"
+
+
+@dataclass
+class Progress:
+    """The counters of a run. `samples` is the data cursor: samples consumed, whatever the batch.
+
+    `updates` counts optimizer updates, `skipped` the steps that a non-finite value or a batch
+    without a valid token left out, `failures` the non-finite ones in a row.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    updates: int = 0
+    skipped: int = 0
+    failures: int = 0
+
+
+def save(trainer: Trainer, progress: Progress, folder: Path, tokenizer_hash: str | None) -> Path:
+    """Save a checkpoint of this step under `folder`, then delete the oldest beyond `keep`."""
+    directory = checkpoint_path(folder, progress.step)
+    if directory not in committed_checkpoints(folder):
+        config = trainer.config.model_dump(mode="json")
+        save_checkpoint(directory, _tensors(trainer), asdict(progress), config, tokenizer_hash)
+        prune_checkpoints(folder, trainer.config.checkpoint.keep)
+    return directory
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
+    """Fill the trainer from a checkpoint.
+
+    Raises:
+        ConfigError: it is of another model or another precision.
+        CorruptError: it is damaged.
+    """
+    _refuse_other_run(trainer.config, checkpoint)
+    for name, tensor in _tensors(trainer).items():
+        tensor.copy_(checkpoint.read(name))
+    trainer.model.state.refresh_weights()
+    progress = Progress(**checkpoint.manifest.state)
+    trainer.optimizer.updates = progress.updates
+    return progress
+
+
+def restore_weights(model: Llama, checkpoint: Checkpoint) -> None:
+    """Fill a model's weights alone."""
+    for name, tensor in model.state.parts(model.state.masters):
+        tensor.copy_(checkpoint.read(f"{MASTER}/{name}"))
+    model.state.refresh_weights()
+
+
+def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; each one passed over is named through `say`.
+
+    Raises:
+        CorruptError: there are checkpoints and none verifies. Starting anew would be silent loss.
+    """
+    directories = committed_checkpoints(folder)
+    for directory in reversed(directories):
+        try:
+            checkpoint = Checkpoint(directory)
+            checkpoint.verify()
+            return checkpoint
+        except CorruptError as error:
+            say(f"passed over a damaged checkpoint: {error}")
+    if directories:
+        raise CorruptError(
+            f"{folder}: none of its {len(directories)} checkpoints is intact; "
+            "restore one from a copy, or choose another run.name to start anew"
+        )
+    return None
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: its own directory, or a run's, whose newest is meant."""
+    if committed := committed_checkpoints(path / "checkpoints"):
+        return Checkpoint(committed[-1])
+    return Checkpoint(path)
+
+
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    state: ParameterState = trainer.model.state
+    kinds = {
+        MASTER: state.masters,
+        "exp_avg": trainer.optimizer.exp_avg,
+        "exp_avg_sq": trainer.optimizer.exp_avg_sq,
+    }
+    return {
+        f"{kind}/{name}": tensor
+        for kind, tensors in kinds.items()
+        for name, tensor in state.parts(tensors)
+    }
+
+
+def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:
+    """A resumed run may change its length, batch, schedule and logging; not what it trains on."""
+    ours, theirs = config.model_dump(mode="json"), checkpoint.manifest.config
+    keys = [("model", key) for key in ours["model"] if key != "preset"]
+    keys += [("run", "seed"), ("train", "sequence_length"), ("train", "precision")]
+    keys += [("data", "tokenizer"), ("data", "mixture"), ("data", "phases")]
+    keys += [("data", "mask_documents")]
+    for section, key in keys:
+        before, now = theirs[section].get(key), ours[section][key]
+        if before != now:
+            raise ConfigError(
+                f"{section}.{key}: {checkpoint.directory} was trained with {before}, the config "
+                f"says {now}; set it back, or choose another run.name to start anew"
+            )

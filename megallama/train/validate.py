@@ -1,0 +1,38 @@
+"""Validation loss: the mean over each source's held-out samples, and over all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megallama.autograd.passes import drive
+from megallama.data.dataset import Dataset
+from megallama.model.llama import Llama
+from megallama.train.host import read_back
+from megallama.train.step import micro_batches, sample_losses, valid_tokens
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Mean losses in nats a token. NaN where the held-out samples hold no valid token."""
+
+    loss: float
+    by_source: dict[str, float]
+
+
+def validate(model: Llama, dataset: Dataset, micro_batch: int) -> ValidationResult:
+    """Evaluate every held-out sample. The sums run sample by sample: no batching changes them."""
+    sums, counts = {}, {}
+    for source, name in enumerate(dataset.source_names):
+        batch = dataset.validation_batch(source, 0, dataset.order.validation_sequences)
+        losses = []
+        for micro in micro_batches(model, batch, micro_batch):
+            loss_T = drive(model.forward(micro, None))
+            losses.append(sample_losses(loss_T, len(loss_T) // dataset.sequence_length))
+        sums[name] = sum(sum(values) for values in read_back(*losses))
+        counts[name] = int(valid_tokens(batch).sum())
+    by_source = {name: _mean(sums[name], counts[name]) for name in sums}
+    return ValidationResult(_mean(sum(sums.values()), sum(counts.values())), by_source)
+
+
+def _mean(total: float, count: int) -> float:
+    return total / count if count else float("nan")

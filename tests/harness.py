@@ -1,0 +1,88 @@
+"""What tests share: our model built from a shape and named weights, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megallama.autograd.passes import WgradQueue, drive
+from megallama.autograd.stash import Stash
+from megallama.config.schema import Model
+from megallama.dist.group import SingleGroup
+from megallama.model.llama import Llama, MicroBatch
+from megallama.parallel.state import ParameterState
+from megallama.spec.parameters import parameter_table
+from tests.reference import Batch, ShapeLike
+
+
+class Outcome(NamedTuple):
+    """As `tests.reference.Result`, with the bytes that the layers saved in between."""
+
+    loss: Tensor
+    logits: Tensor
+    grads: dict[str, Tensor]
+    saved_bytes: int
+
+
+def model_config(shape: ShapeLike) -> Model:
+    """Our configuration of a test shape."""
+    scaling = getattr(shape, "rope_scaling", None)
+    return Model(
+        d_model=shape.d_model,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        ffn=shape.ffn,
+        vocab=shape.vocab,
+        rope_theta=shape.rope_theta,
+        norm_eps=shape.norm_eps,
+        tie_embeddings=shape.tie_embeddings,
+        rope_scaling=scaling._asdict() if hasattr(scaling, "_asdict") else scaling,
+    )
+
+
+def build_model(
+    shape: ShapeLike,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    policy: str = "linear_outputs",
+) -> Llama:
+    """Our model in `dtype`, holding `weights`."""
+    config = model_config(shape)
+    state = ParameterState(parameter_table(config), dtype, torch.device("cpu"))
+    for name, master in state.parts(state.masters):
+        master.copy_(weights[name])
+    state.refresh_weights()
+    return Llama(config, state, SingleGroup(), policy)
+
+
+def micro_batch(
+    model: Llama, tokens: Tensor, labels: Tensor, lengths: Sequence[Sequence[int]] | None
+) -> MicroBatch:
+    """(B, S) tokens and labels as our passes take them."""
+    samples, length = tokens.shape
+    positions = model.positions(lengths or [[length]] * samples)
+    return MicroBatch(tokens.flatten(), labels.flatten(), positions)
+
+
+def forward_backward(model: Llama, *batches: Batch) -> Outcome:
+    """Loss, logits and gradients of the summed loss over some micro-batches, under Meta's names."""
+    stash, queue = Stash(), WgradQueue()
+    losses, logits, saved_bytes = [], [], 0
+    model.state.zero_gradients()
+    for batch in batches:
+        ours = micro_batch(model, *batch)
+        losses.append(drive(model.forward(ours, stash)).sum())
+        head = stash.take("head")
+        saved_bytes = stash.bytes_held()
+        stash.put("head", head)
+        drive(model.backward(ours, stash, queue), queue)
+        all_logits = drive(model.logits(ours.tokens_T, ours.positions))
+        logits.append(all_logits.view(*batch.tokens.shape, -1))
+    assert len(stash) == 0, "a saved set was left behind"
+    model.state.fold_tied_gradient()
+    grads = {name: grad.clone() for name, grad in model.state.parts(model.state.gradients)}
+    return Outcome(torch.stack(losses).sum(), torch.cat(logits), grads, saved_bytes)

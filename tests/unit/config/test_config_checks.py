@@ -1,0 +1,224 @@
+"""Values that do not fit together, and remedies that do work."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from megallama.config.checks import cross_check
+
+
+def source(name: str = "a", path: str = "p") -> dict:
+    return {"name": name, "path": path, "weight": 1}
+
+
+@pytest.mark.parametrize(
+    "changes, lines",
+    [
+        (
+            {"model.heads": 12, "model.d_model": 128},
+            ["model.heads=12: does not divide model.d_model=128; the nearest that fits is 8 or 16"],
+        ),
+        (
+            {"model.heads": 64},
+            [
+                "model.heads=64: gives heads of odd width 1, and RoPE turns pairs; "
+                "the nearest that fits is 32"
+            ],
+        ),
+        (
+            {"model.d_model": 63, "model.heads": 7},
+            [
+                "model.heads=7: gives heads of odd width 9, and RoPE turns pairs; "
+                "make model.d_model even"
+            ],
+        ),
+        (
+            {"model.kv_heads": 3},
+            ["model.kv_heads=3: does not divide model.heads=4; the nearest that divides is 2 or 4"],
+        ),
+        (
+            {"model.kv_heads": 8},
+            ["model.kv_heads=8: does not divide model.heads=4; the nearest that divides is 4"],
+        ),
+        (
+            {"model.heads": 8, "model.kv_heads": 4, "model.ffn": 98, "parallel.tensor": 4},
+            ["parallel.tensor=4: does not divide model.ffn=98; the nearest that divides is 2 or 7"],
+        ),
+        (
+            {"parallel.tensor": 8},
+            ["parallel.tensor=8: does not divide model.heads=4; the nearest that divides is 4"],
+        ),
+        (
+            {
+                "model.d_model": 48,
+                "model.heads": 12,
+                "model.kv_heads": 6,
+                "parallel.tensor": 4,
+            },
+            [
+                "parallel.tensor=4: neither divides model.kv_heads=6 nor is a multiple of it; "
+                "the nearest that fits is 3 or 6"
+            ],
+        ),
+        (
+            {"train.sequence_length": 31, "parallel.tensor": 4, "train.micro_batch": 2},
+            [
+                "train.sequence_length=31: times train.micro_batch=2 is not a multiple of "
+                "parallel.tensor=4; the nearest that fits is 30 or 32, "
+                "or set parallel.sequence_parallel=false"
+            ],
+        ),
+        (
+            {"train.micro_batch": 3},
+            [
+                "train.global_batch=8: is not a multiple of train.micro_batch=3; "
+                "the nearest that fits is 6 or 9"
+            ],
+        ),
+        (
+            {"train.micro_batch": 4, "parallel.data": 3},
+            [
+                "train.global_batch=8: is not a multiple of train.micro_batch=4 x parallel.data=3; "
+                "the nearest that fits is 12"
+            ],
+        ),
+        (
+            {"train.tokens": 10**9},
+            ["train.steps=1000: given with train.tokens=1000000000; set one to null"],
+        ),
+        (
+            {"train.steps": None},
+            ["train.steps: is missing, and so is train.tokens; set one of them"],
+        ),
+        (
+            {"optimizer.min_lr": 1},
+            [
+                "optimizer.min_lr=1.0: is above optimizer.lr=0.001; "
+                "give at most 0.001, or leave it out for a tenth of that"
+            ],
+        ),
+        (
+            {"optimizer.warmup_steps": 1000},
+            ["optimizer.warmup_steps=1000: is not below the run's 1000 steps; give at most 999"],
+        ),
+        (
+            {"train.steps": None, "train.tokens": 256 * 99 + 1},
+            ["optimizer.warmup_steps=100: is not below the run's 100 steps; give at most 99"],
+        ),
+        (
+            {"optimizer.schedule": "wsd"},
+            [
+                "optimizer.schedule=wsd: needs optimizer.decay_steps; set it to the length of the "
+                "final decay, such as a tenth of the run's steps"
+            ],
+        ),
+        (
+            {"optimizer.decay_steps": 10},
+            [
+                "optimizer.decay_steps=10: is not used by optimizer.schedule=cosine; "
+                "remove it or use the wsd schedule"
+            ],
+        ),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.decay_steps": 1000},
+            ["optimizer.decay_steps=1000: is not below the run's 1000 steps; give at most 900"],
+        ),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.decay_steps": 950},
+            [
+                "optimizer.decay_steps=950: with optimizer.warmup_steps=100 exceeds the run's "
+                "1000 steps; give at most 900"
+            ],
+        ),
+        (
+            {"data.mixture": [source()], "data.phases": [{"mixture": [source()]}]},
+            ["data.phases (of 1): given with data.mixture; remove one of them"],
+        ),
+        (
+            {"data.mixture": [source(), source(path="q"), source("b")]},
+            ["data.mixture.name=a: names 2 sources; give each source a name of its own"],
+        ),
+        (
+            {
+                "data.phases": [
+                    {"until_tokens": 5, "mixture": [source()]},
+                    {"mixture": [source("b"), source(path="q")]},
+                ]
+            },
+            [
+                "data.phases.1.mixture.a.path=q: the same source is at p in an earlier phase; "
+                "give it that path or another name"
+            ],
+        ),
+        (
+            {
+                "data.phases": [
+                    {"until_tokens": 5, "mixture": [source()]},
+                    {"until_tokens": 5, "mixture": [source()]},
+                    {"mixture": [source()]},
+                ]
+            },
+            [
+                "data.phases.1.until_tokens=5: is not above the phase before it, which ends at 5; "
+                "put the phases in order: each counts tokens from the start of the run"
+            ],
+        ),
+        (
+            {"data.phases": [{"mixture": [source()]}, {"mixture": [source()]}]},
+            [
+                "data.phases.0.until_tokens: is missing, and other phases follow; "
+                "set it: the last phase alone may go without"
+            ],
+        ),
+    ],
+)
+def test_contradictions(faults, changes, lines):
+    assert faults(changes) == lines
+
+
+def numbers(remedy: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", remedy.split(", or set")[0])]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_every_number_in_a_remedy_is_a_remedy(data):
+    """Whatever divides or does not: taking any number that is offered removes the fault."""
+    size = st.integers(1, 48)
+    key, others = data.draw(
+        st.sampled_from(
+            [
+                ("model.heads", ["model.d_model"]),
+                ("model.kv_heads", ["model.heads"]),
+                ("parallel.tensor", ["model.heads"]),
+                ("parallel.tensor", ["model.kv_heads"]),
+                ("parallel.tensor", ["model.ffn"]),
+                ("train.global_batch", ["train.micro_batch", "parallel.data"]),
+                ("train.sequence_length", ["train.micro_batch", "parallel.tensor"]),
+            ]
+        )
+    )
+    valid = {name: data.draw(size) for name in (key, *others)}
+    valid["parallel.sequence_parallel"] = True
+    found = list(cross_check(valid))
+    assume(found)
+    assert len(found) == 1
+    offered = numbers(found[0].remedy)
+    assert offered or "even" in found[0].remedy
+    assert valid[key] not in offered
+    for number in offered:
+        assert not list(cross_check({**valid, key: number}))
+
+
+def test_without_sequence_parallel_any_length_goes():
+    valid = {"train.sequence_length": 31, "train.micro_batch": 1, "parallel.tensor": 4}
+    assert list(cross_check({**valid, "parallel.sequence_parallel": True}))
+    assert not list(cross_check({**valid, "parallel.sequence_parallel": False}))
+
+
+def test_a_check_waits_for_its_values():
+    assert not list(cross_check({"model.heads": 7}))

@@ -27,6 +27,7 @@ from megallama.autograd.protocols import Linear, Norm
 from megallama.autograd.rope import Rotation, rope_backward, rope_forward
 from megallama.autograd.stash import Saved, Stash
 from megallama.autograd.swiglu import swiglu_backward, swiglu_forward
+from megallama.dist.handle import Done
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ class DecoderLayer:
         if "gate_up" in saved:
             gate_up_Tf = saved.pop("gate_up")
         else:
-            gate_up_Tf = self.w13.forward((yield n2), w13)
+            n2_TD = yield n2
+            n2 = Done(n2_TD)  # a handle is waited for once
+            gate_up_Tf = self.w13.forward(n2_TD, w13)
         dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf)
         dn2 = self.w13.scatter(self.w13.dgrad(dgate_up_Tf, w13))
         n2_TD = yield n2
@@ -163,9 +166,10 @@ class DecoderLayer:
         n1 = self.wqkv.gather(n1_tD)
         dx2_TD = yield dx2
         do_Th = self.wo.dgrad(dx2_TD, (yield self.wo.weight()))
+        wqkv = yield self.wqkv.weight()  # before the defer: dWo runs under the scatter below
         queue.defer(partial(self.wo.wgrad, dx2_TD, saved["o"]))
         dqkv_Th = self._attend_backward(do_Th, positions, saved)
-        dn1 = self.wqkv.scatter(self.wqkv.dgrad(dqkv_Th, (yield self.wqkv.weight())))
+        dn1 = self.wqkv.scatter(self.wqkv.dgrad(dqkv_Th, wqkv))
         queue.defer(partial(self.wqkv.wgrad, dqkv_Th, (yield n1)))
         del do_Th, dqkv_Th
         return self.norm1.backward((yield dn1), x_tD, norm_w).add_(dx2_tD)

@@ -19,17 +19,15 @@ def run(args: argparse.Namespace) -> int:
     """Writes RUN_DIR/report/{loss.png,index.html} and prints the page's path."""
     import json
 
-    from megallama.errors import EXIT_DONE, ConfigError
-    from megallama.train.report import read_run, summarise, write_report
+    from megallama.errors import EXIT_DONE
+    from megallama.files import refuse_os_errors
+    from megallama.train.record import read_run, summarise
+    from megallama.train.report import write_report
 
     page = write_report(args.run_dir)
     if args.json is not None:
         figures = json.dumps(summarise(read_run(args.run_dir)), indent=2)
-        try:
+        with refuse_os_errors("write", args.json):
             args.json.write_text(figures + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"--json {args.json}: {error.strerror}: give a path that can be written"
-            ) from error
     print(page)
     return EXIT_DONE

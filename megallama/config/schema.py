@@ -211,7 +211,7 @@ class Source(Strict):
     name: Name
     """Name of the source in logs and metrics."""
     path: Path
-    """Folder with the source's token files."""
+    """PREFIX of the source's token files, PREFIX.bin and PREFIX.idx."""
     weight: Positive
     """Share of the tokens, relative to the other weights of the mixture."""
 
@@ -266,7 +266,7 @@ class Log(Section):
     per_source: Flag = False
     """Log the loss of each data source."""
     layer_norms_every: CountOrZero = 0
-    """Steps from one log of the gradient norm of each layer to the next; 0: never."""
+    """Steps from one log of each layer's gradient norm and input RMS to the next; 0: never."""
 
 
 class Config(Strict):

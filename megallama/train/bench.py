@@ -21,8 +21,8 @@ from megallama.train.throughput import speed
 def bench(config: Config, steps: int, warmup: int) -> dict[str, Any]:
     """Time `steps` training steps after `warmup`; rates are those of the median step."""
     trainer = build_trainer(config)
-    batches = _batches(config)
-    seconds = [_timed_step(trainer, batches(step)) for step in range(warmup + steps)][warmup:]
+    batch_of = batches(config)
+    seconds = [_timed_step(trainer, batch_of(step)) for step in range(warmup + steps)][warmup:]
     tokens = config.train.global_batch * config.train.sequence_length
     figures = speed(trainer, tokens, statistics.median(seconds))
     figures["peak_memory_bytes"] = figures.pop("memory_bytes")
@@ -54,7 +54,7 @@ def _timed_step(trainer: Trainer, batch: Batch) -> float:
     return time.perf_counter() - began
 
 
-def _batches(config: Config) -> Callable[[int], Batch]:
+def batches(config: Config) -> Callable[[int], Batch]:
     """The batch of a step: from the config's data, or uniform random tokens where it has none."""
     size, length = config.train.global_batch, config.train.sequence_length
     if not config.data.is_empty:

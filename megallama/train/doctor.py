@@ -28,6 +28,18 @@ def versions() -> dict[str, str]:
     return {"megallama": __version__, "python": platform.python_version(), **packages}
 
 
+def processor() -> dict[str, str | int]:
+    """The CPU: its model as the system names it, the cores this process may use, its bf16 units."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+        model = names[0] if names else model
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    units = "AMX" if amx else "AVX-512" if avx512 else "none"
+    return {"model": model, "threads": torch.get_num_threads(), "bf16_units": units}
+
+
 def findings() -> Iterator[str]:
     """One line for each thing looked at."""
     yield ", ".join(f"{name} {version}" for name, version in versions().items())

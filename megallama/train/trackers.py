@@ -204,11 +204,8 @@ class _Wandb:
             import wandb
         except ImportError as error:
             raise RuntimeError("wandb is not installed: pip install wandb") from error
-        # Offline there is no upload to cut short, and with a limit `finish` does not wait for the
-        # file to be written (wandb 0.31).
-        limit = FINISH_SECONDS if mode == "online" else 0
         settings = wandb.Settings(
-            silent=True, console="off", init_timeout=START_SECONDS, finish_timeout=limit
+            silent=True, console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS
         )
         wandb.setup(settings)  # silent before the run too
         self._run = wandb.init(
@@ -228,7 +225,11 @@ class _Wandb:
         self._run.log(values, step=step)
 
     def finish(self) -> None:
+        import wandb
+
         self._run.finish()
+        # `finish` alone may return before the file is written (wandb 0.31: 1 offline run of 6).
+        wandb.teardown()
 
 
 def _run_id(run_dir: Path) -> str:

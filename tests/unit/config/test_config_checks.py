@@ -102,14 +102,6 @@ def source(name: str = "a", path: str = "p") -> dict:
             ],
         ),
         (
-            {"optimizer.warmup_steps": 1000},
-            ["optimizer.warmup_steps=1000: is not below the run's 1000 steps; give at most 999"],
-        ),
-        (
-            {"train.steps": None, "train.tokens": 256 * 99 + 1},
-            ["optimizer.warmup_steps=100: is not below the run's 100 steps; give at most 99"],
-        ),
-        (
             {"optimizer.schedule": "wsd"},
             [
                 "optimizer.schedule=wsd: needs optimizer.decay_steps; set it to the length of the "
@@ -124,15 +116,17 @@ def source(name: str = "a", path: str = "p") -> dict:
             ],
         ),
         (
-            {"optimizer.schedule": "wsd", "optimizer.decay_steps": 1000},
-            ["optimizer.decay_steps=1000: is not below the run's 1000 steps; give at most 900"],
+            {"optimizer.schedule": "wsd", "optimizer.decay_steps": 1001},
+            ["optimizer.decay_steps=1001: exceeds the run's 1000 steps; give at most 1000"],
         ),
         (
-            {"optimizer.schedule": "wsd", "optimizer.decay_steps": 950},
-            [
-                "optimizer.decay_steps=950: with optimizer.warmup_steps=100 exceeds the run's "
-                "1000 steps; give at most 900"
-            ],
+            {
+                "train.steps": None,
+                "train.tokens": 256 * 99 + 1,
+                "optimizer.schedule": "wsd",
+                "optimizer.decay_steps": 101,
+            },
+            ["optimizer.decay_steps=101: exceeds the run's 100 steps; give at most 100"],
         ),
         (
             {"data.mixture": [source()], "data.phases": [{"mixture": [source()]}]},

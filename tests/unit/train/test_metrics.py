@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.errors import CorruptError
+from megallama.errors import ConfigError, CorruptError
 from megallama.train import metrics
-from megallama.train.metrics import MetricsWriter, read_metrics, write_atomic
+from megallama.train.metrics import MetricsWriter, read_metrics
 
 
 @pytest.fixture
@@ -179,20 +179,20 @@ def test_a_short_write_is_undone(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["step"] for row in read_metrics(path)] == [1, 3]
 
 
-def test_an_atomic_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_truncation_that_fails_leaves_every_row(
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "page"
-    write_atomic(target, b"old")
-
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "disk")
 
-    monkeypatch.setattr(metrics.os, "replace", fail)
-    with pytest.raises(OSError, match="disk"):
-        write_atomic(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["page"]
+    write_steps(path, range(1, 4))
+    with MetricsWriter(path) as writer:
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(ConfigError, match="disk"):
+            writer.truncate_after(1)
+        writer.write({"step": 4})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    assert os.listdir(path.parent) == ["metrics.jsonl"]
 
 
 def test_a_killed_writer_leaves_whole_lines(path: Path) -> None:

@@ -21,16 +21,9 @@ import yaml
 from megallama.cli import report as command
 from megallama.errors import ConfigError
 from megallama.train.metrics import MetricsWriter
-from megallama.train.report import (
-    count_parameters,
-    read_run,
-    render_page,
-    smooth,
-    summarise,
-    thin,
-    unigram_entropy,
-    write_report,
-)
+from megallama.train.picture import smooth, thin
+from megallama.train.record import count_parameters, read_run, summarise, unigram_entropy
+from megallama.train.report import render_page, write_report
 
 MODEL = {"d_model": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 160, "vocab": 512}
 # Embedding and output; q and o; k and v; w1, w2 and w3; two norms a layer; the last norm.
@@ -214,6 +207,11 @@ def test_one_step_makes_a_report(tmp_path: Path) -> None:
     assert picture_of(run_dir / "report" / "index.html").shape[1] >= 1200
 
 
+def test_the_median_leaves_the_first_step_out(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", [step_row(1), step_row(2)]))
+    assert summarise(run)["median_tokens_per_second"] == 2048.0
+
+
 def test_unknown_utilisation_is_left_out(tmp_path: Path) -> None:
     rows = [step_row(s, mfu=None, mfu_6n=None, tflops_per_gpu=None) for s in range(1, 151)]
     page = Page(write_report(make_run(tmp_path / "run", rows)).read_text())
@@ -370,5 +368,5 @@ def test_the_command_writes_the_report_and_the_figures(
 
 
 def test_the_command_names_a_json_path_that_cannot_be(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--json .*nowhere.*figures\.json"):
+    with pytest.raises(ConfigError, match=r"cannot write .*nowhere.*figures\.json"):
         command.run(parse(str(run_dir), "--json", str(tmp_path / "nowhere" / "figures.json")))

@@ -1,0 +1,223 @@
+"""A run's picture: its loss over learning rate, gradient norm and throughput, as one PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megallama.train.record import RunRecord, column, median, shape_words, summarise
+
+SMOOTH_ABOVE = 100  # points: a smoothed line over the raw one from here on
+INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6eaee"
+BLUE, PALE_BLUE, ORANGE = "#1f5fa8", "#b5cfec", "#d9691e"
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so a report looks alike everywhere
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": "#c3cbd3",
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.parse_math": False,  # a name may hold a dollar sign
+}
+
+
+def draw(run: RunRecord) -> bytes:
+    """The PNG: loss over learning rate, gradient norm and throughput, all against the step."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 7.6), dpi=160, facecolor="white")
+        grid = figure.add_gridspec(
+            2, 3, height_ratios=(1.75, 1), hspace=0.44, wspace=0.24,
+            left=0.06, right=0.98, top=0.835, bottom=0.085,
+        )  # fmt: skip
+        figure.text(0.06, 0.957, run.name, fontsize=18, fontweight="bold", va="center")
+        figure.text(0.06, 0.915, subtitle(run), fontsize=11, color=MUTED, va="center")
+        _draw_loss(figure.add_subplot(grid[0, :]), run)
+        _draw_lr(figure.add_subplot(grid[1, 0]), run)
+        _draw_grad_norm(figure.add_subplot(grid[1, 1]), run)
+        _draw_throughput(figure.add_subplot(grid[1, 2]), run)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_loss(axes: Any, run: RunRecord) -> None:
+    figures = summarise(run)
+    steps, losses = column(run.steps, "loss")
+    _curve(axes, steps, losses, _with_value("training", figures["final_loss"]))
+    shown = [losses]
+    if run.validations:
+        at, values = column(run.validations, "validation_loss")
+        size, edge = (6.5, 0.9) if len(at) <= 40 else (3.2, 0)
+        label = _with_value("validation", figures["validation_loss"])
+        axes.plot(at, values, "o", color=ORANGE, ms=size, mec="white", mew=edge, label=label)
+        shown.append(values)
+    if run.entropy is not None:
+        axes.axhline(run.entropy, color=MUTED, lw=1.2, ls=(0, (5, 4)))
+        axes.annotate(
+            f"unigram entropy of the corpus  {run.entropy:.3f}", (1, run.entropy), (-4, 5),
+            xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=MUTED,
+        )  # fmt: skip
+        shown.append(np.array([run.entropy]))
+    _limit(axes, shown)
+    _label(axes, "loss, nats per token")
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.008, 0.985), ncols=2, frameon=False, fontsize=10.5
+    )
+
+
+def _draw_lr(axes: Any, run: RunRecord) -> None:
+    steps, rates = column(run.steps, "lr")
+    _curve(axes, steps, rates, smoothed=False)
+    if np.isfinite(rates).any():
+        axes.set_ylim(0, (np.nanmax(rates) or 1.0) * 1.12)
+    axes.yaxis.set_major_formatter(lambda value, _: _scientific(value))
+    _label(axes, "learning rate", f"peak {_scientific(np.nanmax(rates, initial=0))}")
+
+
+def _draw_grad_norm(axes: Any, run: RunRecord) -> None:
+    steps, norms = column(run.steps, "grad_norm")
+    _curve(axes, steps, norms)
+    known = norms[np.isfinite(norms) & (norms > 0)]
+    if known.size and known.max() > 30 * np.median(known):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        _limit(axes, [norms], floor=0)
+    _label(axes, "gradient norm", f"median {np.median(known):.3g}" if known.size else "")
+
+
+def _draw_throughput(axes: Any, run: RunRecord) -> None:
+    rows = run.steps[1:] if len(run.steps) > SMOOTH_ABOVE else run.steps  # the first warms up
+    steps, speeds = column(rows, "tokens_per_second")
+    _curve(axes, steps, speeds)
+    _limit(axes, [speeds], floor=0)
+    axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+    speed, mfu = median(run.steps, "tokens_per_second"), median(run.steps, "mfu")
+    words = [f"median {_short(speed)}"] if speed is not None else []
+    _label(axes, "tokens/s", " · ".join(words + ([f"MFU {mfu:.1%}"] if mfu is not None else [])))
+
+
+def _curve(
+    axes: Any, steps: np.ndarray, values: np.ndarray, label: str = "", smoothed: bool = True
+) -> None:
+    """Draw the line; where points are many, pale under a smoothed one."""
+    marker = "o" if len(steps) <= 20 else ""
+    first, last = steps[0], steps[-1]
+    if smoothed and len(steps) > SMOOTH_ABOVE:
+        shown = thin(values)
+        axes.plot(steps[shown], values[shown], color=PALE_BLUE, lw=0.9)
+        at, values = smooth(values)
+        steps = steps[at]
+    axes.plot(steps, values, color=BLUE, lw=2, marker=marker, ms=4.5, label=label)
+    if first == last:
+        first, last = 0, 2 * last
+    axes.set_xlim(0 if first < 0.05 * last else first, last * 1.005)
+    axes.xaxis.set_major_locator(_whole_steps())
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.set_xlabel("step")
+
+
+def smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(indices, medians): a moving median over 4% of the points, at about 600 of them.
+
+    A median, since one spike would draw a mean into a box. The window is narrow at the start, where
+    a loss falls steeply, and one-sided at the end. Gaps (NaN) are left out.
+    """
+    count = len(values)
+    spread = np.concatenate([np.geomspace(1, count, 200) - 1, np.linspace(0, count - 1, 400)])
+    at = np.unique(spread.round().astype(int))
+    half = max(2, count // 50)
+    windows = (values[max(0, i - min(half, i)) : i + min(half, i) + 1] for i in at)
+    known = (window[np.isfinite(window)] for window in windows)
+    return at, np.array([np.median(window) if window.size else math.nan for window in known])
+
+
+def thin(values: np.ndarray, bins: int = 4000) -> np.ndarray:
+    """Indices of the least and the greatest value of each of `bins` runs of points.
+
+    The picture is no wider than that, so a line through them looks like the line through all, with
+    every spike in place, and a run of a million steps draws as fast as one of thousands.
+    """
+    if len(values) <= 2 * bins:
+        return np.arange(len(values))
+    kept = []
+    for chunk in np.array_split(np.arange(len(values)), bins):
+        known = chunk[np.isfinite(values[chunk])]
+        kept += (
+            [known[values[known].argmin()], known[values[known].argmax()]]
+            if known.size
+            else [chunk[0]]  # a gap stays a gap
+        )
+    return np.unique(kept)
+
+
+def _whole_steps() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=6, integer=True)
+
+
+def _limit(axes: Any, shown: Sequence[np.ndarray], floor: float | None = None) -> None:
+    """Limits that hold all of `shown`, but the highest 0.5% of a long series: a loss's first steps
+    and a spike would flatten the rest."""
+    series = [values[np.isfinite(values)] for values in shown]
+    series = [values for values in series if values.size]
+    if not series:
+        return
+    high = max(
+        np.percentile(values, 99.5) if values.size > SMOOTH_ABOVE else values.max()
+        for values in series
+    )
+    low = min(values.min() for values in series) if floor is None else floor
+    margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_ylim(low - (margin if floor is None else 0), high + margin)
+
+
+def _label(axes: Any, title: str, figure: str = "") -> None:
+    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=9)
+    axes.set_title(figure, loc="right", fontsize=10.5, color=MUTED, pad=9)
+
+
+def _with_value(word: str, loss: float | None) -> str:
+    return word if loss is None else f"{word}  {loss:.3f}"
+
+
+def subtitle(run: RunRecord) -> str:
+    figures = summarise(run)
+    parameters, tokens = figures["parameters"], figures["tokens"]
+    parts = [shape_words(run.model)]
+    if parameters:
+        parts.append(f"{_short(parameters)} parameters")
+    if tokens:
+        parts.append(f"{_short(tokens)} tokens")
+    return " · ".join(part for part in parts if part)
+
+
+def _short(value: float) -> str:
+    """Three figures and k, M, B or T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _scientific(value: float) -> str:
+    """3e-4 rather than 3.0e-04."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"

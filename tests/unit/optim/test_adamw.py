@@ -1,0 +1,150 @@
+"""AdamW against torch.optim.AdamW, by either kernel."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+
+import pytest
+import torch
+
+from megallama.optim import adamw
+from megallama.optim.adamw import AdamW
+from megallama.parallel.state import ParameterState
+from megallama.spec.parameters import parameter_table
+from tests.harness import model_config
+from tests.reference import Shape
+from tests.unit.optim.trainers import optimizer_config
+
+TABLE = parameter_table(model_config(Shape(layers=1)))
+CONFIG = optimizer_config(betas=(0.8, 0.97), eps=1e-6, weight_decay=0.3)
+DTYPES = (torch.float64, torch.float32)
+
+
+def multi_tensor_adam(
+    chunk, noop, lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay
+):
+    """What apex's kernel computes, in place, from its documented arguments (gradients first)."""
+    assert chunk == 2048 * 32
+    assert (noop.dtype, noop.tolist(), bias_correction, mode) == (torch.int32, [0], 1, 1)
+    for g, p, m, v in zip(*lists, strict=True):
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+        p.sub_(lr * (update + weight_decay * p))
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """Stand-ins for apex's modules."""
+    for name in ("amp_C", "apex", "apex.multi_tensor_apply"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["amp_C"].multi_tensor_adam = multi_tensor_adam
+    sys.modules["apex.multi_tensor_apply"].multi_tensor_applier = (
+        lambda kernel, noop, lists, *arguments: kernel(2048 * 32, noop, lists, *arguments)
+    )
+
+
+def gradients(state: ParameterState, step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [
+        torch.randn(p.shape, generator=generator, dtype=torch.float64).to(state.wide) * 3
+        for p in state.table
+    ]
+
+
+def train(dtype: torch.dtype, steps: int = 5) -> tuple[ParameterState, AdamW]:
+    """Some updates of which each divides its gradients by another number."""
+    state = ParameterState(TABLE, dtype, torch.device("cpu"))
+    state.flat_masters.copy_(start(state))
+    optimizer = AdamW(CONFIG, TABLE, state.masters, state.gradients)
+    for step in range(steps):
+        for parameter, gradient in zip(TABLE, gradients(state, step), strict=True):
+            state.gradients[parameter.name].copy_(gradient)
+        optimizer.step(1e-2 / (step + 1), torch.full((), 7.0 + step, dtype=state.wide))
+    return state, optimizer
+
+
+def start(state: ParameterState) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(99)
+    return torch.randn(state.flat_masters.shape, generator=generator, dtype=torch.float64)
+
+
+def reference(dtype: torch.dtype, steps: int = 5) -> ParameterState:
+    """torch.optim.AdamW, unfused, on the divided gradients."""
+    state = ParameterState(TABLE, dtype, torch.device("cpu"))
+    state.flat_masters.copy_(start(state))
+    groups = [
+        {"params": [w for w in state.masters.values() if w.dim() == 2], "weight_decay": 0.3},
+        {"params": [w for w in state.masters.values() if w.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=CONFIG.betas, eps=CONFIG.eps, foreach=False)
+    for step in range(steps):
+        for parameter, gradient in zip(TABLE, gradients(state, step), strict=True):
+            state.masters[parameter.name].grad = gradient / (7.0 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        optimizer.step()
+    return state
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_kernel(dtype):
+    state, optimizer = train(dtype)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    expected = reference(dtype).flat_masters
+    assert torch.allclose(state.flat_masters, expected, rtol=tolerance, atol=tolerance)
+    assert optimizer.updates == 5
+
+
+@pytest.mark.usefixtures("apex")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_apex_kernel(dtype, monkeypatch):
+    """apex's arguments are given in its order, and the result is the other kernel's."""
+    by_torch, torch_optimizer = train(dtype)
+    # The kernel is chosen on CUDA alone; here it stands in for the other.
+    monkeypatch.setattr(adamw, "_torch_adamw", adamw._apex_adamw)
+    by_apex, apex_optimizer = train(dtype)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+
+    def assert_close(a, b):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+    assert_close(by_apex.flat_masters, by_torch.flat_masters)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        ours, theirs = getattr(apex_optimizer, kind), getattr(torch_optimizer, kind)
+        for name, moment in ours.items():
+            assert_close(moment, theirs[name])
+
+
+def test_apex_is_used_where_it_is_present_and_on_cuda_alone(monkeypatch, request):
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    monkeypatch.delitem(sys.modules, "amp_C")
+    assert not adamw._apex_present()
+    request.getfixturevalue("apex")
+    assert adamw._apex_present()
+    monkeypatch.setattr(adamw, "_apex_adamw", None)  # calling it would fail
+    train(torch.float32, steps=1)
+
+
+def test_weight_decay_is_for_matrices_alone():
+    state = ParameterState(TABLE, torch.float64, torch.device("cpu"))
+    state.flat_masters.fill_(2.0)
+    AdamW(CONFIG, TABLE, state.masters, state.gradients).step(0.1, torch.ones((), dtype=state.wide))
+    for name, master in state.masters.items():
+        expected = 2.0 if master.dim() == 1 else 2.0 * (1 - 0.1 * 0.3)
+        assert torch.allclose(master, torch.tensor(expected, dtype=torch.float64)), name
+
+
+def test_the_first_update_is_the_rate_times_the_sign():
+    """m̂ / (√v̂ + ε) of one gradient is its sign; a closed form of the bias corrections."""
+    state = ParameterState(TABLE, torch.float64, torch.device("cpu"))
+    config = optimizer_config(eps=1e-30, weight_decay=0.0)
+    optimizer = AdamW(config, TABLE, state.masters, state.gradients)
+    gradient = torch.randn(state.flat_gradients.shape, dtype=torch.float64)
+    state.flat_gradients.copy_(gradient)
+    optimizer.step(0.25, torch.full((), 5.0, dtype=state.wide))
+    assert torch.allclose(state.flat_masters, -0.25 * gradient.sign(), rtol=1e-12)

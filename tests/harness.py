@@ -52,7 +52,8 @@ def build_model(
 ) -> Llama:
     """Our model in `dtype`, holding `weights`."""
     config = model_config(shape)
-    state = ParameterState(parameter_table(config), dtype, torch.device("cpu"))
+    table = parameter_table(config)
+    state = ParameterState(table, dtype, torch.device("cpu"), tied=config.tie_embeddings)
     for name, master in state.parts(state.masters):
         master.copy_(weights[name])
     state.refresh_weights()

@@ -22,10 +22,6 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
-    def to(self, device: torch.device) -> Rotation:
-        """The same rotation on another device."""
-        return Rotation(self.cos.to(device), self.sin.to(device))
-
 
 def rope_frequencies(head_width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Radians a position, (E/2,), in fp64; `scaling` is Llama 3.1's (arXiv 2407.21783)."""
@@ -45,6 +41,25 @@ def rotation_at(positions_T: Tensor, frequencies_E: Tensor, dtype: torch.dtype) 
     """The rotation of tokens at these positions; angles are computed in fp64, kept in `dtype`."""
     angles = positions_T.to(torch.float64)[:, None, None] * frequencies_E
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+class RotationTable:
+    """The rotations of positions 0, 1, 2, …, computed once: every micro-batch asks again."""
+
+    def __init__(self, frequencies_E: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._frequencies_E, self._dtype, self._device = frequencies_E, dtype, device
+        self._grow(1)
+
+    def at(self, positions_T: Tensor, length: int) -> Rotation:
+        """The rotation of tokens at these positions, all below `length`."""
+        if length > len(self._table.cos):
+            self._grow(length)
+        index_T = positions_T.to(self._device)
+        return Rotation(self._table.cos[index_T], self._table.sin[index_T])
+
+    def _grow(self, length: int) -> None:
+        table = rotation_at(torch.arange(length), self._frequencies_E, self._dtype)
+        self._table = Rotation(table.cos.to(self._device), table.sin.to(self._device))
 
 
 def rope_forward(x_THE: Tensor, rotation: Rotation) -> None:

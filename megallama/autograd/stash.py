@@ -31,10 +31,6 @@ class Stash:
         """Look at a saved set that stays."""
         return self._sets[key]
 
-    def clear(self) -> None:
-        """Forget everything: a step was abandoned."""
-        self._sets.clear()
-
     def __len__(self) -> int:
         return len(self._sets)
 

@@ -57,25 +57,30 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Commit a checkpoint whose files are already on the disk."""
     body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     body["xxh3"] = _digest(body)
-    write_atomic(directory / MANIFEST, json.dumps(body, indent=1).encode())
+    write_atomic(directory / MANIFEST, _text(body))
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and verify a manifest.
 
     Raises:
-        CorruptError: it is missing, not valid JSON, of another format, or fails its own hash.
+        CorruptError: it is missing, not valid JSON, of another format, fails its own hash, or is
+            not byte for byte as it was written.
     """
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_bytes())
-        recorded = body.pop("xxh3")
-        version = body.pop("version") if body["format"] == FORMAT else None
-        intact = recorded == _digest({**body, "version": version})
+        raw = path.read_bytes()
+        body = json.loads(raw)
+        # `1E-05` means what `1e-05` means and has its hash; it is damage all the same.
+        intact = body["format"] == FORMAT and raw == _text(body)
+        recorded, version = body.pop("xxh3"), body["version"]
+        intact = intact and recorded == _digest(body)
     except FileNotFoundError:
         raise CorruptError(
             f"{directory}: no {MANIFEST}, so this is no finished checkpoint; name another"
         ) from None
+    except OSError as error:
+        raise CorruptError(f"{path}: {error.strerror}; use an older checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         intact, version = False, VERSION
     if not intact:
@@ -94,6 +99,10 @@ def read_manifest(directory: Path) -> Manifest:
         for name, entry in body["tensors"].items()
     }
     return Manifest(body["state"], body["config"], body["tokenizer_hash"], tensors)
+
+
+def _text(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, indent=1).encode()
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def committed_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    return [path for path in _directories(folder) if (path / MANIFEST).exists()]
 
 
 def save_checkpoint(
@@ -51,27 +52,50 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; it exists once this returns and not before.
 
-    A directory left unfinished by an earlier attempt is written anew.
+    What the directory holds, such as an unfinished or damaged checkpoint, is written anew.
 
     Raises:
-        ConfigError: the disk refuses (no space, no permission); earlier checkpoints are untouched.
+        ConfigError: the disk refuses (no space, no permission); other checkpoints are untouched.
     """
     file = directory / "rank-00000.safetensors"
     with refuse_os_errors("write", directory):
-        shutil.rmtree(directory, ignore_errors=True)
+        _delete(directory)
         directory.mkdir(parents=True)
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, file)
+        try:
+            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, file)
+        except SafetensorError as error:  # safetensors' own, for the system's refusal too
+            raise ConfigError(f"cannot write {file}: {error}") from error
         for path in (file, directory, directory.parent):
             sync_path(path)
         entries = _describe(file)
     write_manifest(directory, Manifest(dict(state), dict(config), tokenizer_hash, entries))
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` finished checkpoints, each one's manifest first."""
-    for directory in committed_checkpoints(folder)[:-keep]:
-        os.remove(directory / MANIFEST)
-        shutil.rmtree(directory, ignore_errors=True)
+def prune_checkpoints(folder: Path, keep: int, newest: Path) -> None:
+    """Delete all but the last `keep` finished checkpoints up to `newest`, which was just saved.
+
+    Unfinished ones before it go too. Those after it stay: they are damaged, or the run would have
+    begun from them, and are overwritten when it gets there.
+
+    Raises:
+        ConfigError: the system refuses.
+    """
+    kept = [path for path in committed_checkpoints(folder) if path <= newest][-keep:]
+    with refuse_os_errors("delete old checkpoints in", folder):
+        for directory in _directories(folder):
+            if directory < newest and directory not in kept:
+                _delete(directory)
+
+
+def _directories(folder: Path) -> list[Path]:
+    """Directories with the name of a checkpoint, finished or not, oldest first."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
+
+
+def _delete(directory: Path) -> None:
+    """Delete a checkpoint, its manifest first: a kill midway leaves an unfinished one."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 class Checkpoint:
@@ -87,6 +111,7 @@ class Checkpoint:
             raise ConfigError(f"{directory}: no such checkpoint directory; check the path")
         self.directory = directory
         self.manifest = read_manifest(directory)
+        self._checked: set[str] = set()
 
     def read(self, name: str) -> Tensor:
         """The whole global tensor, verified.
@@ -115,6 +140,9 @@ class Checkpoint:
         path = self.directory / piece.file
         raw = bytearray(piece.bytes)
         try:
+            if piece.file not in self._checked:
+                self._check_header(path)
+                self._checked.add(piece.file)
             with open(path, "rb") as file:
                 file.seek(piece.offset)
                 read = file.readinto(raw)
@@ -124,20 +152,46 @@ class Checkpoint:
             raise CorruptError(f"{path}: tensor {name!r} is damaged; use an older checkpoint")
         return raw
 
+    def _check_header(self, path: Path) -> None:
+        """Refuse a file whose header or size is not what the manifest says: others read that."""
+        expected = {
+            name: (entry.dtype, piece.shape, piece.offset, piece.bytes)
+            for name, entry in self.manifest.tensors.items()
+            for piece in entry.slices
+            if piece.file == path.name
+        }
+        end = max(offset + size for _, _, offset, size in expected.values())
+        try:
+            intact = _read_header(path) == expected and path.stat().st_size == end
+        except (ValueError, KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise CorruptError(f"{path}: its header or size is damaged; use an older checkpoint")
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """The dtype, shape, offset in the file and size in bytes of each tensor of a file."""
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > os.fstat(file.fileno()).st_size:
+            raise ValueError("a header longer than its file")
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        shape = tuple(tensor["shape"])
+        found[name] = (tensor["dtype"], shape, 8 + header_bytes + begin, end - begin)
+    return found
+
 
 def _describe(path: Path) -> dict[str, Entry]:
     """The entries of a file that holds whole tensors, hashed as they were written."""
     entries = {}
     with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name, tensor in header.items():
-            begin, end = tensor["data_offsets"]
-            offset, shape = 8 + header_bytes + begin, tuple(tensor["shape"])
+        for name, (dtype, shape, offset, size) in _read_header(path).items():
             file.seek(offset)
-            digest = xxhash.xxh3_64_hexdigest(file.read(end - begin))
-            start = (0,) * len(shape)
-            piece = Slice(path.name, start, shape, offset, end - begin, digest)
-            entries[name] = Entry(tensor["dtype"], shape, (piece,))
+            digest = xxhash.xxh3_64_hexdigest(file.read(size))
+            piece = Slice(path.name, (0,) * len(shape), shape, offset, size, digest)
+            entries[name] = Entry(dtype, shape, (piece,))
     return entries

@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"megallama.cli.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(words)
+    args, rest = parser.parse_known_args(words)
+    if rest and ("overrides" not in args or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse ends CONFIG's overrides at the first option; they may go on after it
+        args.overrides += rest
     try:
         code: int = args.run(args)
         return code

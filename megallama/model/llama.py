@@ -14,7 +14,7 @@ from megallama.autograd.head import Head
 from megallama.autograd.layer import DecoderLayer, Heads, Positions
 from megallama.autograd.linear import linear_forward
 from megallama.autograd.passes import Pass, WgradQueue
-from megallama.autograd.rope import rope_frequencies, rotation_at
+from megallama.autograd.rope import RotationTable, rope_frequencies
 from megallama.autograd.stash import Stash
 from megallama.config.schema import Model
 from megallama.dist.group import Group
@@ -52,9 +52,8 @@ class Llama:
         ]
         norm = SequenceParallelRMSNorm(FINAL_NORM, state, config.norm_eps)
         self.head = Head(norm, VocabParallelOutput(state, tensor_group))
-        self.frequencies_E = rope_frequencies(
-            config.head_width, config.rope_theta, config.rope_scaling
-        )
+        frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
+        self.rotations = RotationTable(frequencies, state.wide, state.flat_weights.device)
 
     def forward(self, batch: MicroBatch, stash: Stash | None) -> Pass[Tensor]:
         """Return each token's loss (T,), zero where the label is IGNORE.
@@ -82,11 +81,9 @@ class Llama:
 
     def positions(self, lengths: Sequence[Sequence[int]]) -> Positions:
         """Positions of samples made of documents of these lengths; each document starts at 0."""
-        device = self.state.flat_weights.device
-        documents = tuple(chain.from_iterable(lengths))
-        positions_T = torch.cat([torch.arange(length) for length in documents])
-        rotation = rotation_at(positions_T, self.frequencies_E, self.state.wide)
-        return Positions(rotation.to(device), Segments(documents))
+        segments = Segments(tuple(chain.from_iterable(lengths)))
+        positions_T = torch.cat([torch.arange(length) for length in segments.lengths])
+        return Positions(self.rotations.at(positions_T, segments.longest), segments)
 
     def _hidden(self, tokens_T: Tensor, positions: Positions, stash: Stash | None) -> Pass[Tensor]:
         x_tD = yield from self.embedding.forward(tokens_T)

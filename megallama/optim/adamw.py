@@ -55,16 +55,18 @@ class AdamW:
         ]
 
     def step(self, lr: float, divisor: Tensor) -> None:
-        """Apply one update with the gradients g / `divisor`, a scalar tensor."""
+        """Apply one update with the gradients g / `divisor`, a scalar tensor; they stay divided."""
         self.updates += 1
         kernel = _apex_adamw if _apex_present() and divisor.is_cuda else _torch_adamw
         for group in self._groups:
-            kernel(group, self.config, lr, self.updates, divisor)
+            # Apart from the kernel: torch's divides by fp32 only, apex's not at all.
+            torch._foreach_div_(group.gradients, divisor)
+            kernel(group, self.config, lr, self.updates)
 
 
-def _torch_adamw(group: _Group, config: Optimizer, lr: float, update: int, divisor: Tensor) -> None:
+def _torch_adamw(group: _Group, config: Optimizer, lr: float, update: int) -> None:
     # The kernel wants a step counter a tensor; all parameters share one.
-    step = torch.full((), float(update), dtype=torch.float32, device=divisor.device)
+    step = torch.full((), float(update), dtype=torch.float32, device=group.masters[0].device)
     torch._fused_adamw_(
         group.masters,
         group.gradients,
@@ -79,17 +81,15 @@ def _torch_adamw(group: _Group, config: Optimizer, lr: float, update: int, divis
         eps=config.eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=divisor,
     )
 
 
-def _apex_adamw(group: _Group, config: Optimizer, lr: float, update: int, divisor: Tensor) -> None:
+def _apex_adamw(group: _Group, config: Optimizer, lr: float, update: int) -> None:
     kernels: Any = importlib.import_module("amp_C")
     apply: Any = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
-    torch._foreach_div_(group.gradients, divisor)
     apply(
         kernels.multi_tensor_adam,
-        torch.zeros(1, dtype=torch.int32, device=divisor.device),
+        torch.zeros(1, dtype=torch.int32, device=group.masters[0].device),
         [group.gradients, group.masters, group.exp_avgs, group.exp_avg_sqs],
         lr,
         *config.betas,

@@ -23,12 +23,16 @@ class ParameterState:
     """Weights, gradients and masters of a parameter table."""
 
     def __init__(
-        self, table: Sequence[Parameter], compute: torch.dtype, device: torch.device
+        self,
+        table: Sequence[Parameter],
+        compute: torch.dtype,
+        device: torch.device,
+        tied: bool = False,
     ) -> None:
         self.table = tuple(table)
         self.compute = compute
         self.wide = torch.promote_types(compute, torch.float32)
-        self.tied = all(parameter.name != OUTPUT for parameter in table)
+        self.tied = tied
         numel = sum(parameter.numel for parameter in table)
         self.flat_masters = torch.zeros(numel, dtype=self.wide, device=device)
         self.masters = self._views(self.flat_masters)
@@ -36,12 +40,13 @@ class ParameterState:
         if compute != self.wide:
             self.flat_weights = torch.zeros(numel, dtype=compute, device=device)
         self.weights = self._views(self.flat_weights)
-        tied_numel = table[0].numel if self.tied else 0
+        tied_numel = self.masters[EMBEDDING].numel() if tied else 0
         self.flat_gradients = torch.zeros(numel + tied_numel, dtype=self.wide, device=device)
         self.gradients = self._views(self.flat_gradients[:numel])
-        if self.tied:
+        if tied:
             self.weights[OUTPUT] = self.weights[EMBEDDING]
-            self.gradients[OUTPUT] = self.flat_gradients[numel:].view(table[0].shape)
+            tied_gradient = self.flat_gradients[numel:]
+            self.gradients[OUTPUT] = tied_gradient.view_as(self.masters[EMBEDDING])
 
     def weight(self, name: str) -> Handle[Tensor]:
         """The parameter in the compute dtype."""

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 from megallama.config.schema import Model
 
-#: Dense bf16 peak in FLOP/s by a word of the device's name (vendors' data sheets). A device that is
-#: not listed has no utilisation: a denominator is never guessed.
-PEAK_FLOPS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+#: Dense bf16 peak in FLOP/s by whole words of the device's name (vendors' data sheets), the first
+#: that fits. A device that is not listed has no utilisation: a denominator is never guessed.
+PEAK_FLOPS: dict[str, float] = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
 
 
 def flops_per_token(model: Model, sequence_length: int) -> float:
@@ -28,4 +37,5 @@ def flops_per_token_6n(parameters: int) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """The bf16 peak of the named device, or None where it is unknown."""
-    return next((peak for word, peak in PEAK_FLOPS.items() if word in device_name), None)
+    found = (peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", device_name))
+    return next(found, None)

@@ -11,12 +11,13 @@ from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.data.tokenizer import Tokenizer
 from megallama.dist.group import SingleGroup
+from megallama.errors import ConfigError
 from megallama.model.initial import initialize
 from megallama.model.llama import Llama
 from megallama.optim.adamw import AdamW
 from megallama.parallel.state import ParameterState
 from megallama.spec.parameters import parameter_table
-from megallama.train.device import DTYPES, choose_device
+from megallama.train.device import DTYPES, choose_device, set_deterministic
 from megallama.train.step import TrainStep
 
 
@@ -46,7 +47,7 @@ def build_trainer(config: Config) -> Trainer:
     """
     check_supported(config)
     train = config.train
-    torch.use_deterministic_algorithms(train.deterministic)
+    set_deterministic(train.deterministic)
     model = build_model(config, choose_device(train.precision))
     state = model.state
     optimizer = AdamW(config.optimizer, state.table, state.masters, state.gradients)
@@ -57,7 +58,8 @@ def build_trainer(config: Config) -> Trainer:
 def build_model(config: Config, device: torch.device) -> Llama:
     """The model with its initial weights."""
     dtype = DTYPES[config.train.precision]
-    state = ParameterState(parameter_table(config.model), dtype, device)
+    table = parameter_table(config.model)
+    state = ParameterState(table, dtype, device, tied=config.model.tie_embeddings)
     initialize(state, config.run.seed)
     return Llama(config.model, state, SingleGroup(), config.train.saved_activations)
 
@@ -70,12 +72,17 @@ def build_dataset(config: Config) -> Dataset:
         CorruptError: a token file is damaged.
     """
     data = config.data
+    if data.is_empty:
+        raise ConfigError(
+            "data.mixture: is empty, and so is data.phases; name the token files to train on, "
+            "as configs/cpu-tiny.yaml does"
+        )
     phases = [
         (phase.until_tokens, [(s.name, s.path, s.weight) for s in phase.mixture])
         for phase in data.all_phases
     ]
     tokenizer_hash = Tokenizer(data.tokenizer).hash if data.tokenizer else None
-    return Dataset(
+    dataset = Dataset(
         phases,
         config.train.sequence_length,
         config.run.seed,
@@ -84,3 +91,16 @@ def build_dataset(config: Config) -> Dataset:
         config.validation.sequences if config.validation.every else 0,
         tokenizer_hash,
     )
+    _check_length(config, dataset.order.end)
+    return dataset
+
+
+def _check_length(config: Config, end: int | None) -> None:
+    """Refuse a run longer than data whose last phase ends with sample `end`."""
+    samples = config.train.total_steps * config.train.global_batch
+    length = config.train.sequence_length
+    if end is not None and end < samples:
+        raise ConfigError(
+            f"data.phases: the last one's until_tokens ends them at {end * length:,} tokens, but "
+            f"the run takes {samples * length:,}; raise it, or leave it out"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 
@@ -27,6 +28,16 @@ def choose_device(precision: str) -> torch.device:
             "set train.precision=bf16, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def set_deterministic(on: bool) -> None:
+    """Choose kernels that repeat bit for bit. Only CUDA has others; before its first use."""
+    if on:
+        # cuBLAS repeats itself only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The filling of fresh memory, on by default, finds reads of it; it changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(on)
 
 
 def device_name(device: torch.device) -> str:

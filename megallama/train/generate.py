@@ -36,11 +36,12 @@ def generate(path: Path, prompt: str, count: int) -> str:
             f"{config.data.tokenizer}: not the tokenizer that {path} was trained with; "
             "restore that one"
         )
-    model = build_model(config, choose_device(config.train.precision))
+    device = choose_device(config.train.precision)
+    model = build_model(config, device)
     restore_weights(model, checkpoint)
     tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
     for _ in range(count):
-        window = torch.tensor(tokens[-config.train.sequence_length :])
+        window = torch.tensor(tokens[-config.train.sequence_length :], device=device)
         logits_TV = drive(model.logits(window, model.positions([[len(window)]])))
         # Ids beyond the tokenizer's are padding of the vocabulary and mean nothing.
         token = int(logits_TV[-1, : tokenizer.vocab_size].argmax())

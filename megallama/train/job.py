@@ -31,41 +31,54 @@ def train(config: Config, resume: str = "auto") -> int:
         dataset = build_dataset(config)
         with Console(config.train.total_steps, config.log.every) as console:
             trainer = build_trainer(config)
-            progress = _start(trainer, resume, console)
+            tokenizer = config.data.tokenizer
+            tokenizer_hash = Tokenizer(tokenizer).hash if tokenizer else None
+            checkpoint = _checkpoint(config.run.directory, resume, console)
+            progress = _start(trainer, checkpoint, tokenizer_hash, console)
             if config.train.precision == "bf16" and bf16_is_emulated(trainer.device):
                 console.message(
                     "this machine has no bf16 units: bf16 runs many times slower than fp32 here; "
                     "set train.precision=fp32"
                 )
             _describe(trainer, progress, console)
-            tokenizer = config.data.tokenizer
-            tokenizer_hash = Tokenizer(tokenizer).hash if tokenizer else None
-            return Loop(trainer, dataset, progress, tokenizer_hash, console).run(stop)
+            resumed_from = checkpoint.directory if checkpoint else None
+            loop = Loop(trainer, dataset, progress, tokenizer_hash, console, resumed_from)
+            return loop.run(stop)
 
 
-def _start(trainer: Trainer, resume: str, console: Console) -> Progress:
-    """Find where to begin, fill the trainer, and write the run's config.yaml."""
-    directory = trainer.config.run.directory
-    checkpoint = _checkpoint(directory, resume, console)
-    progress = restore(trainer, checkpoint) if checkpoint else Progress()
+def _start(
+    trainer: Trainer, checkpoint: Checkpoint | None, tokenizer_hash: str | None, console: Console
+) -> Progress:
+    """Fill the trainer, and write the run's config.yaml."""
+    progress = Progress()
     if checkpoint:
+        progress = restore(trainer, checkpoint, tokenizer_hash)
         console.message(f"resumed from {checkpoint.directory}")
-    write_atomic(directory / "config.yaml", config_to_yaml(trainer.config).encode())
+    path = trainer.config.run.directory / "config.yaml"
+    write_atomic(path, config_to_yaml(trainer.config).encode())
     return progress
 
 
 def _checkpoint(directory: Path, resume: str, console: Console) -> Checkpoint | None:
+    """Where to begin. Refuses what would leave checkpoints of another course in the run."""
     folder = directory / "checkpoints"
     if resume == "auto":
         return newest_intact(folder, console.message)
-    if resume != "none":
-        return find_checkpoint(Path(resume))
-    if committed_checkpoints(folder):
+    own = committed_checkpoints(folder)
+    if resume == "none":
+        if own:
+            raise ConfigError(
+                f"--resume none: {directory} already holds checkpoints; "
+                "choose another run.name, or remove the directory"
+            )
+        return None
+    checkpoint = find_checkpoint(Path(resume))
+    if own and own[-1].resolve() != checkpoint.directory.resolve():
         raise ConfigError(
-            f"--resume none: {directory} already holds checkpoints; "
-            "choose another run.name, or remove the directory"
+            f"--resume {resume}: {directory} has a checkpoint of its own, {own[-1].name}; "
+            "use --resume auto, choose another run.name, or remove those after it"
         )
-    return None
+    return checkpoint
 
 
 def _describe(trainer: Trainer, progress: Progress, console: Console) -> None:

@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from megallama.checkpoint.store import checkpoint_path
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.errors import EXIT_DONE, EXIT_STOPPED, DivergedError
+from megallama.files import refuse_os_errors
 from megallama.optim.schedule import learning_rate
 from megallama.train.build import Trainer
 from megallama.train.console import Console
@@ -35,10 +37,12 @@ class Loop:
         progress: Progress,
         tokenizer_hash: str | None,
         console: Console,
+        resumed_from: Path | None = None,
     ) -> None:
         self.trainer, self.dataset, self.progress = trainer, dataset, progress
         self.config: Config = trainer.config
         self.tokenizer_hash, self.console = tokenizer_hash, console
+        self.newest = resumed_from.resolve() if resumed_from else None
         self.directory: Path = self.config.run.directory
         self.total_steps = self.config.train.total_steps
 
@@ -49,8 +53,7 @@ class Loop:
             DivergedError: ten steps in a row were not finite; nothing is saved then.
         """
         with ExitStack() as stack:
-            self.metrics = stack.enter_context(MetricsWriter(self.directory / "metrics.jsonl"))
-            self.metrics.truncate_after(self.progress.step)
+            self.metrics = stack.enter_context(self._metrics())
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
             code = self._steps(stop)
@@ -86,7 +89,7 @@ class Loop:
         progress.tokens += result.tokens
         self._count(result)
         row = self._row(result, lr, seconds)
-        self.metrics.write(row)
+        self._log(row)
         self.tracker.step(row, progress.samples)
         self.console.step(row)
         if config.validation.every and (
@@ -140,13 +143,27 @@ class Loop:
             "validation_loss": result.loss,
             "validation_loss_per_source": result.by_source,
         }
-        self.metrics.write(row)
+        self._log(row)
         self.tracker.validation(row, self.progress.samples)
         self.console.validation(row)
 
     def _save(self) -> None:
+        """Save this step, unless it is the one saved or resumed from last."""
         folder = self.directory / "checkpoints"
-        save(self.trainer, self.progress, folder, self.tokenizer_hash)
+        if checkpoint_path(folder, self.progress.step).resolve() != self.newest:
+            path = save(self.trainer, self.progress, folder, self.tokenizer_hash)
+            self.newest = path.resolve()
+
+    def _metrics(self) -> MetricsWriter:
+        path = self.directory / "metrics.jsonl"
+        with refuse_os_errors("write", path):
+            writer = MetricsWriter(path)
+            writer.truncate_after(self.progress.step)
+        return writer
+
+    def _log(self, row: dict[str, Any]) -> None:
+        with refuse_os_errors("write", self.metrics.path):
+            self.metrics.write(row)
 
     def _tracker(self) -> Tracker:
         config = self.config

@@ -45,23 +45,26 @@ class Progress:
 
 
 def save(trainer: Trainer, progress: Progress, folder: Path, tokenizer_hash: str | None) -> Path:
-    """Save a checkpoint of this step under `folder`, then delete the oldest beyond `keep`."""
+    """Save a checkpoint of this step under `folder`, then delete the oldest beyond `keep`.
+
+    One of this step that is there already, such as a damaged one, is overwritten.
+    """
     directory = checkpoint_path(folder, progress.step)
-    if directory not in committed_checkpoints(folder):
-        config = trainer.config.model_dump(mode="json")
-        save_checkpoint(directory, _tensors(trainer), asdict(progress), config, tokenizer_hash)
-        prune_checkpoints(folder, trainer.config.checkpoint.keep)
+    config = trainer.config.model_dump(mode="json")
+    save_checkpoint(directory, _tensors(trainer), asdict(progress), config, tokenizer_hash)
+    prune_checkpoints(folder, trainer.config.checkpoint.keep, directory)
     return directory
 
 
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
+def restore(trainer: Trainer, checkpoint: Checkpoint, tokenizer_hash: str | None) -> Progress:
     """Fill the trainer from a checkpoint.
 
     Raises:
-        ConfigError: it is of another model or another precision.
+        ConfigError: it is of another model, precision, tokenizer or order of data.
         CorruptError: it is damaged.
     """
     _refuse_other_run(trainer.config, checkpoint)
+    _refuse_other_tokenizer(trainer.config, checkpoint, tokenizer_hash)
     for name, tensor in _tensors(trainer).items():
         tensor.copy_(checkpoint.read(name))
     trainer.model.state.refresh_weights()
@@ -121,12 +124,20 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:
-    """A resumed run may change its length, batch, schedule and logging; not what it trains on."""
+    """A resumed run may change its length, batch, schedule and logging; not what it trains on.
+
+    What is held out for validation decides which samples are for training, and their order.
+    """
     ours, theirs = config.model_dump(mode="json"), checkpoint.manifest.config
     keys = [("model", key) for key in ours["model"] if key != "preset"]
     keys += [("run", "seed"), ("train", "sequence_length"), ("train", "precision")]
     keys += [("data", "tokenizer"), ("data", "mixture"), ("data", "phases")]
     keys += [("data", "mask_documents")]
+    validated, validates = theirs["validation"]["every"] > 0, config.validation.every > 0
+    if validated != validates:
+        keys.append(("validation", "every"))
+    elif validates:
+        keys.append(("validation", "sequences"))
     for section, key in keys:
         before, now = theirs[section].get(key), ours[section][key]
         if before != now:
@@ -134,3 +145,15 @@ def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:
                 f"{section}.{key}: {checkpoint.directory} was trained with {before}, the config "
                 f"says {now}; set it back, or choose another run.name to start anew"
             )
+
+
+def _refuse_other_tokenizer(
+    config: Config, checkpoint: Checkpoint, tokenizer_hash: str | None
+) -> None:
+    """The file that data.tokenizer names may have changed since."""
+    before = checkpoint.manifest.tokenizer_hash
+    if before != tokenizer_hash:
+        raise ConfigError(
+            f"data.tokenizer: {config.data.tokenizer} has hash {tokenizer_hash}, but "
+            f"{checkpoint.directory} was trained with {before}; restore that file and its data"
+        )

@@ -23,9 +23,7 @@ def chunks(request, monkeypatch):
 
 
 def reference(x, w, labels=LABELS):
-    return torch.nn.functional.cross_entropy(
-        x @ w.T, labels, ignore_index=IGNORE, reduction="none"
-    )
+    return torch.nn.functional.cross_entropy(x @ w.T, labels, ignore_index=IGNORE, reduction="none")
 
 
 @pytest.mark.usefixtures("chunks")

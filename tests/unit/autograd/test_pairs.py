@@ -62,7 +62,10 @@ def test_rope():
     assert torch.allclose(forward(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-14)
     # A complex number a pair: multiplication by exp(i · position · frequency).
     angle = 5 * 100.0 ** (-2 / 6)
-    turned = torch.complex(x[2, :, 1], x[2, :, 4]) * torch.tensor(1j * angle, dtype=torch.complex128).exp()
+    turned = (
+        torch.complex(x[2, :, 1], x[2, :, 4])
+        * torch.tensor(1j * angle, dtype=torch.complex128).exp()
+    )
     assert torch.allclose(forward(x)[2, :, 1], turned.real, rtol=1e-14)
     assert torch.allclose(forward(x)[2, :, 4], turned.imag, rtol=1e-14)
 

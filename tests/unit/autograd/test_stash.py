@@ -18,9 +18,6 @@ def test_a_set_is_taken_once():
     assert len(stash) == 0
     with pytest.raises(KeyError):
         stash.take((0, "layer"))
-    stash.put(1, saved)
-    stash.clear()
-    assert len(stash) == 0
 
 
 def test_bytes_count_each_storage_once_and_whole():

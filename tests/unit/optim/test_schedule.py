@@ -26,8 +26,10 @@ def config(schedule: str, warmup: int = 10, decay: int | None = None, low: float
 @st.composite
 def runs(draw):
     """A schedule with its run: at least a step after warm-up and decay."""
-    warmup, decay, stable = draw(st.integers(0, 50)), draw(st.integers(1, 50)), draw(
-        st.integers(1, 50)
+    warmup, decay, stable = (
+        draw(st.integers(0, 50)),
+        draw(st.integers(1, 50)),
+        draw(st.integers(1, 50)),
     )
     schedule = draw(st.sampled_from(SCHEDULES))
     low = draw(st.sampled_from([0.0, 1e-4, 1e-3]))
@@ -61,7 +63,7 @@ def test_closed_forms():
 
 @given(run=runs())
 def test_shape_of_the_curve(run):
-    """Warm-up rises to the peak in equal steps; then nothing rises, and nothing leaves the range."""
+    """Warm-up rises to the peak in equal steps; then nothing rises or leaves the range."""
     settings, total = run
     rates = [learning_rate(settings, step, total) for step in range(1, total + 1)]
     warmup = settings.warmup_steps

@@ -31,6 +31,18 @@ def snapshot(step):
     return [t.clone() for t in held], optimizer.updates
 
 
+def kept_update(step):
+    """Replaces the optimizer's update by keeping the gradients and the divisor it was given."""
+    kept = {}
+
+    def keep(lr, divisor):
+        state = step.model.state
+        kept.update({name: g / divisor for name, g in state.gradients.items()})
+
+    step.optimizer.step = keep
+    return kept
+
+
 def assert_unchanged(step, before):
     tensors, updates = snapshot(step)
     assert updates == before[1]
@@ -47,13 +59,13 @@ def test_however_the_batch_is_cut(documents):
     )
     results = []
     for micro_batch in (1, 2, 3, 4):
-        step = build_step(SHAPE, weights, micro_batch)
+        step = build_step(SHAPE, weights, micro_batch, optimizer_config(grad_clip=None))
+        mean = kept_update(step)
         result = step.run(step_batch(batch), lr=0.0)
         assert result.loss == pytest.approx(expected.loss.item(), rel=1e-13)
         assert (result.tokens, result.valid_tokens) == (36, 14)
-        state = step.model.state
-        for name, grad in state.parts(state.gradients):
-            assert relative_error(grad / 14, expected.grads[name]) < 1e-12, name
+        for name, grad in step.model.state.parts(mean):
+            assert relative_error(grad, expected.grads[name]) < 1e-12, name
         norm = math.sqrt(sum(g.square().sum().item() for g in expected.grads.values()))
         assert result.grad_norm == pytest.approx(norm, rel=1e-12)
         results.append(result)
@@ -72,7 +84,7 @@ def test_masters_are_wider_than_bf16_weights():
     moved = (state.flat_masters != start).float().mean()
     rounded = (state.flat_weights != start.bfloat16()).float().mean()
     assert moved > 0.5
-    assert rounded < 0.01
+    assert rounded < 0.1 * moved
 
 
 def test_a_batch_without_a_valid_token_changes_nothing():
@@ -110,7 +122,7 @@ def test_a_non_finite_gradient_is_named_and_forgotten():
     step = build_step(SHAPE, random_weights(SHAPE), 2, dtype=torch.float32)
     state = step.model.state
     sound = state.flat_masters.clone()
-    state.masters["layers.1.w13"].mul_(1e19)
+    state.masters["layers.1.w13"].mul_(1e18)
     state.masters["layers.1.w2"].zero_()
     before = snapshot(step)
     result = step.run(step_batch(uneven_batch()), lr=1e-3)
@@ -126,7 +138,8 @@ def test_a_non_finite_gradient_is_named_and_forgotten():
 
 
 def test_layer_norms_and_source_losses():
-    step = build_step(SHAPE, random_weights(SHAPE), 2)
+    step = build_step(SHAPE, random_weights(SHAPE), 2, optimizer_config(grad_clip=None))
+    mean = kept_update(step)
     batch = step_batch(uneven_batch())
     batch.sources_N[:] = [2, 0, 1, 0]
     result = step.run(batch, lr=0.0, layer_norms=True)
@@ -135,8 +148,8 @@ def test_layer_norms_and_source_losses():
     assert result.loss == pytest.approx(total / 14, rel=1e-13)
     state = step.model.state
     for layer in range(SHAPE.layers):
-        grads = [state.gradients[p.name] for p in state.table if p.layer == layer]
-        norm = math.sqrt(sum(g.square().sum().item() for g in grads)) / 14
+        grads = [mean[p.name] for p in state.table if p.layer == layer]
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
         assert result.layer_norms.gradient[layer] == pytest.approx(norm, rel=1e-12)
     embedded = state.weights["tok_embeddings"][torch.from_numpy(batch.tokens_NS)]
     rms = embedded.square().mean().sqrt().item()
@@ -146,7 +159,7 @@ def test_layer_norms_and_source_losses():
 
 @pytest.mark.parametrize("clip, clipped", [(1e-3, True), (0.0, False), (None, False), (1e9, False)])
 def test_clipping(clip, clipped):
-    """SGD's view of AdamW's first moment: (1 - β₁) times the gradient that the optimizer saw."""
+    """AdamW's first moment after one update is (1 - β₁) times the gradient that it was given."""
     step = build_step(SHAPE, random_weights(SHAPE), 2, optimizer_config(grad_clip=clip))
     result = step.run(step_batch(uneven_batch()), lr=0.0)
     seen = math.sqrt(sum(m.square().sum().item() for m in step.optimizer.exp_avg.values())) / 0.1

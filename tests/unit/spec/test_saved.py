@@ -1,0 +1,53 @@
+"""Saved bytes against DESIGN's figures. That they are the bytes held: test_saved of the model."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from megallama.config.schema import Model, Train
+from megallama.spec.saved import POLICIES, saved_bytes_per_token
+
+BF16, FP32, FP64 = 2, 4, 8
+D, H, F = 8192, 64, 22016
+M65 = Model(preset="llama-65b")
+
+
+def test_65b_saves_22_75_d_and_the_log_sum_exp():
+    """x, q and k and v, o, x2, gate and up: 2 + 6 + 2 + 2 + 10.75; and fp32 a head."""
+    assert 2 + (2 + 4) + 2 + 2 + 4 * F / D == 22.75
+    assert saved_bytes_per_token(M65, "linear_outputs", BF16) == 22.75 * D + 4 * H == 186_624
+
+
+@pytest.mark.parametrize(
+    "policy, in_units_of_d, statistics",
+    [
+        ("linear_outputs", 22.75, 4 * H),
+        ("all", 26.75, 4 * H),
+        ("no_attention_output", 20.75, 0),
+        ("no_gate_up", 12, 4 * H),
+        ("layer_input", 2, 0),
+    ],
+)
+def test_every_policy_at_65b(policy, in_units_of_d, statistics):
+    assert saved_bytes_per_token(M65, policy, BF16) == in_units_of_d * D + statistics
+
+
+def test_grouped_queries_save_fewer_keys():
+    """2 + 4·K/H for q, k and v."""
+    grouped = Model(preset="llama2-70b")
+    expected = 2 + (2 + 4 * 8 / 64) + 2 + 2 + 4 * 28672 / D
+    assert saved_bytes_per_token(grouped, "linear_outputs", BF16) == expected * D + 4 * H
+
+
+def test_the_log_sum_exp_is_never_narrower_than_fp32():
+    elements = 22.75 * D / 2
+    assert saved_bytes_per_token(M65, "linear_outputs", FP32) == 4 * elements + 4 * H
+    assert saved_bytes_per_token(M65, "linear_outputs", FP64) == 8 * elements + 8 * H
+
+
+def test_the_policies_are_those_that_a_config_may_name():
+    field = Train.model_fields["saved_activations"]
+    assert set(get_args(field.annotation)) == POLICIES.keys()
+    assert field.default == "linear_outputs"

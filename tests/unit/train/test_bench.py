@@ -1,0 +1,84 @@
+"""What `bench` reports: its keys are read by scripts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megallama.spec.flops import flops_per_token
+from megallama.train.bench import batches, bench
+from megallama.train.build import build_dataset, build_trainer
+from tests.conftest import MakeConfig
+
+SYNTHETIC = {"data": None}
+
+
+@pytest.mark.parametrize("changes", [{}, SYNTHETIC], ids=["real", "synthetic"])
+def test_the_keys_are_those_that_scripts_read(
+    make_config: MakeConfig, changes: dict[str, Any]
+) -> None:
+    config = make_config(changes)
+    figures = json.loads(json.dumps(bench(config, steps=3, warmup=1), allow_nan=False))
+    assert {
+        *("tokens_per_second", "tokens_per_second_per_gpu", "step_seconds", "tflops_per_gpu"),
+        *("mfu", "mfu_6n", "peak_memory_bytes", "parameters", "layout", "device", "versions"),
+    } <= figures.keys()
+    assert "memory_bytes" not in figures
+    seconds = figures["step_seconds"]
+    assert set(seconds) == {"min", "median", "max"}
+    assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+    assert figures["mfu"] is None
+    assert figures["mfu_6n"] is None
+    rate = 4 * 32 / seconds["median"]
+    assert figures["tokens_per_second"] == pytest.approx(rate)
+    assert figures["tokens_per_second_per_gpu"] == pytest.approx(rate)
+    per_token = flops_per_token(config.model, 32)
+    assert figures["tflops_per_gpu"] == pytest.approx(rate * per_token / 1e12)
+    assert figures["data"] == ("synthetic" if changes else "real")
+    assert figures["layout"] == {"tensor": 1, "pipeline": 1, "data": 1}
+    # Embedding (tied); q and o, k and v, w1 w2 w3 and two norms in each layer; the last norm.
+    a_layer = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24 + 2 * 16
+    assert figures["parameters"] == 300 * 16 + 2 * a_layer + 16
+    assert {"torch", "megallama", "python"} <= figures["versions"].keys()
+    assert not config.run.directory.exists()
+
+
+def test_it_times_the_steps_after_the_warm_up(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megallama.train import bench as module
+
+    clock = iter(range(100))
+    durations = iter([50.0, 40.0, 3.0, 1.0, 2.0])
+
+    def timed(trainer: object, batch: object) -> float:
+        next(clock)
+        return next(durations)
+
+    monkeypatch.setattr(module, "_timed_step", timed)
+    figures = bench(make_config(SYNTHETIC), steps=3, warmup=2)
+    assert figures["step_seconds"] == {"min": 1.0, "median": 2.0, "max": 3.0}
+    assert next(clock) == 5
+
+
+def test_synthetic_batches_are_tokens_of_the_vocabulary(make_config: MakeConfig) -> None:
+    batch_of = batches(make_config(SYNTHETIC))
+    first, again, other = batch_of(0), batch_of(0), batch_of(1)
+    assert first.tokens_NS.shape == first.labels_NS.shape == (4, 32)
+    assert np.array_equal(first.tokens_NS, again.tokens_NS)
+    assert not np.array_equal(first.tokens_NS, other.tokens_NS)
+    assert np.array_equal(first.tokens_NS[:, 1:], first.labels_NS[:, :-1])
+    assert first.tokens_NS.min() >= 0
+    assert first.tokens_NS.max() < 300
+    trainer = build_trainer(make_config(SYNTHETIC))
+    assert trainer.step.run(first, 0.01).applied
+
+
+def test_real_batches_are_those_of_training(make_config: MakeConfig) -> None:
+    config = make_config()
+    batch_of, dataset = batches(config), build_dataset(config)
+    for step in range(3):
+        assert np.array_equal(batch_of(step).tokens_NS, dataset.batch(4 * step, 4).tokens_NS)

@@ -1,0 +1,67 @@
+"""`--dry-run` checks everything, shows the first batch, trains nothing and writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megallama.data.tokenizer import Tokenizer
+from megallama.errors import ConfigError
+from megallama.train.build import build_dataset, build_trainer
+from megallama.train.dry_run import dry_run, memory
+from megallama.train.step import TrainStep
+from tests.conftest import MakeConfig
+
+
+def test_it_shows_the_run_and_writes_nothing(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("a dry run trains nothing")
+
+    monkeypatch.setattr(TrainStep, "run", never)
+    config = make_config()
+    assert dry_run(config) == 0
+    out = capsys.readouterr().out
+    assert "6 steps, 768 tokens" in out
+    assert not config.run.root.exists()
+    dataset = build_dataset(config)
+    for name, epochs in dataset.order.epochs(24).items():
+        assert f"source {name}: {epochs:.2f} epochs" in out
+    tokens = dataset.batch(0, 1).tokens_NS[0].tolist()
+    assert repr(Tokenizer(config.data.tokenizer).decode(tokens)[:200]) in out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_its_memory_is_that_of_the_buffers(
+    make_config: MakeConfig, precision: str, tied: bool
+) -> None:
+    config = make_config({"train.precision": precision, "model.tie_embeddings": tied})
+    sizes = memory(config)
+    trainer = build_trainer(config)
+    held = trainer.model.state.bytes_held()
+    assert {name: sizes[name] for name in held} == held
+    moments = (*trainer.optimizer.exp_avg.values(), *trainer.optimizer.exp_avg_sq.values())
+    assert sizes["moments"] == sum(moment.nbytes for moment in moments)
+    assert sizes["all of these"] == sum(sizes.values()) - sizes["all of these"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data": None}, "data.mixture"),
+        ({"model.vocab": 256}, "vocabulary"),
+        ({"train.sequence_length": 10_000}, "tokens"),
+        ({"data.tokenizer": "nowhere.model"}, "nowhere.model"),
+    ],
+)
+def test_it_refuses_what_training_would(
+    make_config: MakeConfig, tmp_path: Path, changes: dict, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dry_run(make_config(changes))
+    assert not (tmp_path / "runs").exists()

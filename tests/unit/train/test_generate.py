@@ -1,0 +1,118 @@
+"""Generation is the argmax of the plain reference on the checkpoint's weights, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megallama.config.schema import Config
+from megallama.data.tokenizer import Tokenizer
+from megallama.errors import ConfigError, CorruptError
+from megallama.train.build import Trainer, build_trainer
+from megallama.train.generate import generate
+from megallama.train.job import train
+from megallama.train.snapshot import Progress, save
+from tests.conftest import MakeConfig, TinyData, hash_of
+from tests.reference import plain
+
+
+def greedy(config: Config, directory: Path, prompt: str, count: int) -> str:
+    """The same by the reference, from safetensors' own reading of the file."""
+    tensors = load_file(directory / "rank-00000.safetensors")
+    weights = {n.removeprefix("master/"): t for n, t in tensors.items() if n.startswith("master/")}
+    tokenizer = Tokenizer(config.data.tokenizer)
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    for _ in range(count):
+        window = torch.tensor([ids[-config.train.sequence_length :]])
+        ids.append(int(plain.forward(config.model, weights, window)[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos:
+            return tokenizer.decode(ids[1:-1])
+    return tokenizer.decode(ids[1:])
+
+
+def test_it_is_the_references_argmax(make_config: MakeConfig) -> None:
+    config = make_config({"train.steps": 40, "optimizer.lr": 0.02, "validation.every": 0})
+    assert train(config) == 0
+    directory = config.run.directory / "checkpoints" / "step-00000040"
+    texts = set()
+    for prompt in ("the fox", "def x", "", " "):
+        for count in (1, 7, 40):  # 40 tokens and the prompt do not fit the sequence of 32
+            text = generate(config.run.directory, prompt, count)
+            assert text == greedy(config, directory, prompt, count)
+            assert text == generate(directory, prompt, count)
+            assert text.startswith(prompt)
+            texts.add(text)
+    assert len(texts) > 4
+
+
+@pytest.fixture
+def chain(make_config: MakeConfig, tiny_data: TinyData, tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint whose likeliest successor of each token is given: one direction a token."""
+    config = make_config({"model.tie_embeddings": False, "model.vocab": 320})
+
+    def make(successors: dict[int, int]) -> Path:
+        trainer: Trainer = build_trainer(config)
+        masters = trainer.model.state.masters
+        for name, weight in masters.items():
+            if not name.endswith("norm"):
+                weight.zero_()
+        for direction, (token, successor) in enumerate(successors.items()):
+            masters["tok_embeddings"][token, direction] = 1
+            masters["output"][successor, direction] = 1
+        return save(trainer, Progress(), tmp_path / "chain", hash_of(tiny_data))
+
+    return make
+
+
+def test_it_ends_with_the_document(chain: Callable[..., Path], tiny_data: TinyData) -> None:
+    tokenizer = Tokenizer(tiny_data.tokenizer)
+    last = tokenizer.encode("fox")[-1]
+    follow = tokenizer.encode("dog")[-1]
+    directory = chain({last: follow, follow: tokenizer.eos, tokenizer.eos: last})
+    text = tokenizer.decode([*tokenizer.encode("fox"), follow])
+    assert generate(directory, "fox", 1) == text
+    assert generate(directory, "fox", 9) == text
+
+
+def test_ids_beyond_the_tokenizers_are_never_chosen(
+    chain: Callable[..., Path], tiny_data: TinyData
+) -> None:
+    tokenizer = Tokenizer(tiny_data.tokenizer)
+    last = tokenizer.encode("fox")[-1]
+    directory = chain({last: 310})
+    text = generate(directory, "fox", 1)
+    assert text == tokenizer.decode([*tokenizer.encode("fox"), 0])  # all others are equal
+
+
+def test_it_needs_the_tokenizer_of_the_training(
+    make_config: MakeConfig, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    copy = tmp_path / "tokenizer.model"
+    copy.write_bytes(tiny_data.tokenizer.read_bytes())
+    with_copy = build_trainer(make_config({"data.tokenizer": str(copy)}))
+    directory = save(with_copy, Progress(), tmp_path, hash_of(tiny_data))
+    generate(directory, "fox", 1)
+    raw = bytearray(copy.read_bytes())
+    at = raw.index("▁fox".encode())
+    raw[at + 3 : at + 6] = b"cow"
+    copy.write_bytes(raw)
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: not the tokenizer"):
+        generate(directory, "fox", 1)
+    copy.unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: No such file"):
+        generate(directory, "fox", 1)
+    without = build_trainer(make_config({"data.tokenizer": None}))
+    directory = save(without, Progress(step=1), tmp_path, None)
+    with pytest.raises(ConfigError, match=r"without data\.tokenizer"):
+        generate(directory, "fox", 1)
+
+
+def test_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere: no such checkpoint"):
+        generate(tmp_path / "nowhere", "fox", 1)
+    with pytest.raises(CorruptError, match=r"no manifest\.json"):
+        generate(tmp_path, "fox", 1)

@@ -26,12 +26,13 @@ def run(args: argparse.Namespace) -> int:
     from megallama.config.load import check_supported, load_config
     from megallama.errors import EXIT_DONE, ConfigError
     from megallama.files import refuse_os_errors
-    from megallama.train.bench import bench
 
     if args.steps < 1 or args.warmup < 0:
         raise ConfigError(f"--steps {args.steps} --warmup {args.warmup}: at least 1 and 0")
     config = load_config(args.config, args.overrides)
     check_supported(config, args.nproc)
+    from megallama.train.bench import bench
+
     figures = bench(config, args.steps, args.warmup)
     text = json.dumps(figures, indent=2)
     print(text)

@@ -24,10 +24,9 @@ def run(args: argparse.Namespace) -> int:
     from megallama.train.record import read_run, summarise
     from megallama.train.report import write_report
 
-    page = write_report(args.run_dir)
+    print(write_report(args.run_dir))
     if args.json is not None:
         figures = json.dumps(summarise(read_run(args.run_dir)), indent=2)
         with refuse_os_errors("write", args.json):
             args.json.write_text(figures + "\n")
-    print(page)
     return EXIT_DONE

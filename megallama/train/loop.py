@@ -9,8 +9,8 @@ from typing import Any
 
 from megallama.checkpoint.store import checkpoint_path
 from megallama.config.schema import Config
-from megallama.data.dataset import Dataset
-from megallama.errors import EXIT_DONE, EXIT_STOPPED, DivergedError
+from megallama.data.dataset import Batch, Dataset
+from megallama.errors import EXIT_DONE, EXIT_STOPPED, CorruptError, DivergedError
 from megallama.files import refuse_os_errors
 from megallama.optim.schedule import learning_rate
 from megallama.train.build import Trainer
@@ -80,7 +80,7 @@ class Loop:
         step = progress.step + 1
         began = time.perf_counter()
         lr = learning_rate(config.optimizer, step, self.total_steps)
-        batch = self.dataset.batch(progress.samples, config.train.global_batch)
+        batch = self._batch()
         norms_every = config.log.layer_norms_every
         result = self.trainer.step.run(batch, lr, bool(norms_every) and step % norms_every == 0)
         seconds = time.perf_counter() - began
@@ -96,6 +96,13 @@ class Loop:
             step % config.validation.every == 0 or step == self.total_steps
         ):
             self._validate()
+
+    def _batch(self) -> Batch:
+        try:
+            return self.dataset.batch(self.progress.samples, self.config.train.global_batch)
+        except CorruptError:
+            self._save()  # the steps up to here are sound
+            raise
 
     def _count(self, result: StepResult) -> None:
         progress = self.progress

@@ -149,7 +149,7 @@ def test_a_flipped_bit_of_the_tensor_files_header_is_refused(saved: Path) -> Non
     path = saved / TENSORS
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for at, mask in flips(header, bits=8):
+    for at, mask in flips(header, bits=3):
         damaged = bytearray(whole)
         damaged[at] ^= mask
         path.write_bytes(damaged)
@@ -274,11 +274,13 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(saved: Path) -> None:
     assert intact(after, seed=1)
 
 
-@pytest.mark.parametrize("refused", ["fsync", "replace"])
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "refused, call", [*(("fsync", call) for call in (1, 2, 3, 4)), ("replace", 1)]
+)
 def test_a_refusing_disk_leaves_the_checkpoint_before(
     saved: Path, monkeypatch: pytest.MonkeyPatch, refused: str, call: int
 ) -> None:
+    """Of the file, its directory, the run's, the manifest; and the rename that commits it."""
     real, calls = getattr(os, refused), 0
 
     def sometimes(*arguments: object) -> object:
@@ -289,16 +291,13 @@ def test_a_refusing_disk_leaves_the_checkpoint_before(
         return real(*arguments)
 
     after = checkpoint_path(saved.parent, 6)
-    monkeypatch.setattr(os, refused, sometimes)
-    try:
-        save(after, seed=1)
-    except ConfigError as error:
-        assert "No space left on device" in str(error)
-        assert "\n" not in str(error)
-    else:
-        assert refused == "replace", "one rename commits the manifest; every sync must succeed"
-        assert call > 1
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, refused, sometimes)
+        with pytest.raises(ConfigError, match=r"cannot write .*No space left on device") as caught:
+            save(after, seed=1)
+    assert "\n" not in str(caught.value)
+    assert calls == call
+    assert committed_checkpoints(saved.parent) == [saved]
     assert intact(saved)
-    for directory in committed_checkpoints(saved.parent)[1:]:
-        assert intact(directory, seed=1)
+    save(after, seed=1)
+    assert intact(after, seed=1)

@@ -15,7 +15,8 @@ import pytest
 from megallama.checkpoint.store import Checkpoint, committed_checkpoints
 from megallama.config.load import load_config
 from megallama.config.schema import Config
-from megallama.errors import ConfigError, DivergedError
+from megallama.data.dataset import Batch, Dataset
+from megallama.errors import ConfigError, CorruptError, DivergedError
 from megallama.optim.schedule import learning_rate
 from megallama.train import loop
 from megallama.train.build import build_dataset, build_trainer
@@ -340,3 +341,21 @@ def test_the_run_keeps_its_config(make_config: MakeConfig) -> None:
     config = make_config()
     assert train(config) == 0
     assert load_config(config.run.directory / "config.yaml") == config
+
+
+def test_data_found_corrupt_in_mid_run_costs_no_step(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Dataset.batch
+
+    def damaged_from_step_4(dataset: Dataset, first_sample: int, count: int) -> Batch:
+        if first_sample >= 3 * count:
+            raise CorruptError("corpus.bin: cut")
+        return read(dataset, first_sample, count)
+
+    config = make_config({"checkpoint.every": 0})
+    monkeypatch.setattr(Dataset, "batch", damaged_from_step_4)
+    with pytest.raises(CorruptError, match="cut"):
+        train(config)
+    saved = committed_checkpoints(config.run.directory / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000003"]

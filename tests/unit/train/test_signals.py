@@ -23,7 +23,7 @@ def handlers() -> Iterator[dict[int, object]]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number, code", zip(NUMBERS, (75, 75, 130), strict=True))
+@pytest.mark.parametrize("number, code", list(zip(NUMBERS, (75, 75, 130), strict=True)))
 def test_a_signal_sets_the_exit_code(
     handlers: dict[int, object], number: signal.Signals, code: int
 ) -> None:
@@ -41,10 +41,11 @@ def test_handlers_come_back_after_an_error(handlers: dict[int, object]) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once(handlers: dict[int, object]) -> None:
-    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+    with StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.code == 130
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     assert {number: signal.getsignal(number) for number in NUMBERS} == handlers
 
 

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from megallama.config.load import load_config
-from megallama.data.tokenizer import Tokenizer
 from megallama.errors import UserError
 from megallama.optim.schedule import learning_rate
 from megallama.train.build import build_dataset, build_trainer
@@ -37,9 +36,7 @@ def main(path: str = "configs/cpu-tiny.yaml", *overrides: str) -> Path:
         progress.updates += result.applied
         print(f"step {progress.step}: loss {result.loss:.4f}, gradient norm {result.grad_norm:.3f}")
 
-    tokenizer = config.data.tokenizer
-    folder = config.run.directory / "checkpoints"
-    return save(trainer, progress, folder, Tokenizer(tokenizer).hash if tokenizer else None)
+    return save(trainer, progress, config.run.directory / "checkpoints", dataset)
 
 
 if __name__ == "__main__":

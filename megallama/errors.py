@@ -27,6 +27,12 @@ class ConfigError(UserError):
     exit_code = EXIT_CONFIG
 
 
+class LostError(UserError):
+    """A device or a network did not answer: the same command may succeed later (exit code 69)."""
+
+    exit_code = EXIT_LOST
+
+
 class CorruptError(UserError):
     """A data file or checkpoint is damaged (exit code 65)."""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megallama.errors import ConfigError
+from megallama.errors import ConfigError, LostError
+
+#: What a failing disk or a file server that went away answers.
+LOST = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO}
 
 
 def partial_path(path: Path) -> Path:
@@ -20,12 +24,13 @@ def partial_path(path: Path) -> Path:
 def refuse_os_errors(verb: str, path: Path) -> Iterator[None]:
     """Turns the system's refusal (no such file, disk full) into one line about `path`.
 
-    Raises ConfigError.
+    Raises ConfigError, or LostError where the device or the network failed.
     """
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"cannot {verb} {path}: {error.strerror or error}") from error
+        kind = LostError if error.errno in LOST else ConfigError
+        raise kind(f"cannot {verb} {path}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -8,36 +8,19 @@ arXiv 2305.13245); every kernel here reads them in place, without copies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from megallama.autograd import flash_cuda
-
-
-@dataclass(frozen=True)
-class Segments:
-    """The lengths of the stretches of tokens that attend among themselves; they sum to T."""
-
-    lengths: tuple[int, ...]
-
-    @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    @cached_property
-    def uniform(self) -> bool:
-        return all(length == self.longest for length in self.lengths)
+from megallama.autograd.segments import Segments
 
 
 def attention_forward(
     q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor]:
-    """Return the output o (T, H, E) and the rows' log-sum-exp, H numbers a token."""
+    """Return the output o (T, H, E) and the rows' log-sum-exp (T, H)."""
     if q_THE.is_cuda:
-        return flash_cuda.forward(q_THE, k_TKE, v_TKE, segments.lengths)
+        return flash_cuda.forward(q_THE, k_TKE, v_TKE, segments)
     if segments.uniform:
         return _cpu_forward(q_THE, k_TKE, v_TKE, segments.longest)
     o_THE = q_THE.new_empty(q_THE.shape)
@@ -54,16 +37,16 @@ def attention_backward(
     do_THE: Tensor,
     qkv: tuple[Tensor, Tensor, Tensor],
     o_THE: Tensor,
-    lse: Tensor,
+    lse_TH: Tensor,
     segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq (T, H, E), dk and dv (T, K, E) from what the forward was given and returned."""
     if do_THE.is_cuda:
-        return flash_cuda.backward(do_THE, qkv, o_THE, lse, segments.lengths)
+        return flash_cuda.backward(do_THE, qkv, o_THE, lse_TH, segments)
     if segments.uniform:
-        return _cpu_backward(do_THE, qkv, o_THE, lse, segments.longest)
+        return _cpu_backward(do_THE, qkv, o_THE, lse_TH, segments.longest)
     dq, dk, dv = (t.new_empty(t.shape) for t in qkv)
-    pieces = (t.split(segments.lengths) for t in (do_THE, *qkv, o_THE, lse, dq, dk, dv))
+    pieces = (t.split(segments.lengths) for t in (do_THE, *qkv, o_THE, lse_TH, dq, dk, dv))
     for do, q, k, v, o, piece_lse, *outputs in zip(*pieces, strict=True):
         gradients = _cpu_backward(do, (q, k, v), o, piece_lse, len(do))
         for output, gradient in zip(outputs, gradients, strict=True):

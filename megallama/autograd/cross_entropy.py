@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from megallama.autograd.linear import linear_dgrad, linear_wgrad
-
-IGNORE = -100  # the label of a token that is not predicted (PyTorch's convention)
+from megallama.spec.labels import IGNORE
 
 #: Bytes of logits held at a time. On a CPU (2 cores, V=32,000, bf16) chunks below 1,000 tokens lose
-#: more to the fp32 accumulation of the weight gradient than they gain in cache. On a GPU GEMMs of
-#: 8,192 tokens stay efficient up to V=128k (Liger's figures).
+#: more to the fp32 accumulation of the weight gradient than they gain in cache. On a GPU it is
+#: 8,192 tokens at V=128k; chosen, not measured.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
-SOFTMAX_BYTES = 16 << 20  # rows widened to fp32 at a time: within a CPU's last-level cache
+#: Bytes of fp32 rows in the softmax at a time: within a CPU's last-level cache; on a GPU, enough
+#: that launching costs little.
+SOFTMAX_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 class LinearCrossEntropy:
@@ -70,7 +71,8 @@ class LinearCrossEntropy:
 
     def _loss(self, logits_cV: Tensor, labels_c: Tensor, gradient: bool) -> Tensor:
         """Losses (c,); with `gradient` the logits become their own gradient."""
-        rows = max(1, SOFTMAX_BYTES // (4 * logits_cV.shape[1]))
+        budget = SOFTMAX_BYTES[logits_cV.device.type]
+        rows = max(1, budget // (4 * logits_cV.shape[1]))
         pieces = zip(logits_cV.split(rows), labels_c.split(rows), strict=True)
         return torch.cat([self._loss_rows(*piece, gradient) for piece in pieces])
 

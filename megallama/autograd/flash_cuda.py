@@ -7,21 +7,25 @@ because its backward writes straight into the buffers it is given and has a dete
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megallama.autograd.segments import Segments
+
 
 def forward(
-    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, lengths: tuple[int, ...]
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor]:
-    """Return o (T, H, E) and the log-sum-exp (H, T) fp32."""
-    offsets, longest, scale = _varlen(q_THE, lengths)
+    """Return o (T, H, E) and the log-sum-exp (T, H) fp32, a view: kernels lay heads out first."""
+    offsets, longest = segments.cuda_offsets, segments.longest
+    scale = q_THE.shape[-1] ** -0.5
     package = _flash_attn()
     if package is not None:
-        o, lse, *_ = package._flash_attn_varlen_forward(
+        o, lse_HT, *_ = package._flash_attn_varlen_forward(
             q_THE,
             k_TKE,
             v_TKE,
@@ -33,22 +37,23 @@ def forward(
             softmax_scale=scale,
             causal=True,
         )
-        return o, lse
-    o, lse, *_ = torch.ops.aten._flash_attention_forward(
+        return o, lse_HT.T
+    o, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
         q_THE, k_TKE, v_TKE, offsets, offsets, longest, longest, 0.0, True, False, scale=scale
     )
-    return o, lse
+    return o, lse_HT.T
 
 
 def backward(
     do_THE: Tensor,
     qkv: tuple[Tensor, Tensor, Tensor],
     o_THE: Tensor,
-    lse: Tensor,
-    lengths: tuple[int, ...],
+    lse_TH: Tensor,
+    segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq (T, H, E), dk and dv (T, K, E)."""
-    offsets, longest, scale = _varlen(do_THE, lengths)
+    offsets, longest = segments.cuda_offsets, segments.longest
+    scale = do_THE.shape[-1] ** -0.5
     package = _flash_attn()
     if package is not None:
         dq, dk, dv = (t.new_empty(t.shape) for t in qkv)
@@ -56,7 +61,7 @@ def backward(
             do_THE,
             *qkv,
             o_THE,
-            lse,
+            lse_TH.T,
             dq,
             dk,
             dv,
@@ -80,7 +85,7 @@ def backward(
         do_THE,
         *qkv,
         o_THE,
-        lse,
+        lse_TH.T,
         offsets,
         offsets,
         longest,
@@ -94,16 +99,13 @@ def backward(
     return dq, dk, dv
 
 
-def _varlen(q_THE: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, int, float]:
-    """The segments' offsets (segments + 1,) int32, the longest segment, the softmax scale."""
-    starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    # From pinned memory the copy is asynchronous: the host does not wait for the device.
-    offsets = starts.pin_memory().to(q_THE.device, non_blocking=True)
-    return offsets, max(lengths), q_THE.shape[-1] ** -0.5
-
-
+@cache
 def _flash_attn() -> Any | None:
-    """flash-attn's interface module, or None where the package is not installed."""
-    if importlib.util.find_spec("flash_attn") is None:
+    """flash-attn's interface module; None where it is absent, or older than 2.7: other results."""
+    try:
+        version = importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 7):
         return None
     return importlib.import_module("flash_attn.flash_attn_interface")

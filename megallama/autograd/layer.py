@@ -21,10 +21,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megallama.autograd.attention import Segments, attention_backward, attention_forward
+from megallama.autograd.attention import attention_backward, attention_forward
 from megallama.autograd.passes import Pass, WgradQueue
 from megallama.autograd.protocols import Linear, Norm
 from megallama.autograd.rope import Rotation, rope_backward, rope_forward
+from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Saved, Stash
 from megallama.autograd.swiglu import swiglu_backward, swiglu_forward
 from megallama.dist.handle import Done
@@ -78,13 +79,13 @@ class DecoderLayer:
         """Return the layer's output (t, D). Without a stash nothing is saved: evaluation."""
         n1_tD = self.norm1.forward(x_tD, (yield self.norm1.weight()))
         qkv_Th = yield from self._project_qkv(n1_tD, positions)
-        o_Th, lse = self._attend(qkv_Th, positions)
+        o_Th, lse_TH = self._attend(qkv_Th, positions)
         x2_tD = yield from self._project_out(o_Th, x_tD)
         n2_tD = self.norm2.forward(x2_tD, (yield self.norm2.weight()))
         gate_up_Tf = yield from self._project_up(n2_tD)
         z_tD = yield from self._project_down(swiglu_forward(gate_up_Tf), x2_tD)
         if stash is not None:
-            saved = dict(x=x_tD, n1=n1_tD, qkv=qkv_Th, o=o_Th, lse=lse)
+            saved = dict(x=x_tD, n1=n1_tD, qkv=qkv_Th, o=o_Th, lse=lse_TH)
             saved |= dict(x2=x2_tD, n2=n2_tD, gate_up=gate_up_Tf)
             stash.put(key, {name: t for name, t in saved.items() if name in self.saves})
         return z_tD
@@ -106,8 +107,8 @@ class DecoderLayer:
         return qkv_Th
 
     def _attend(self, qkv_Th: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        o_THE, lse = attention_forward(*self.heads.split(qkv_Th), positions.segments)
-        return o_THE.flatten(1), lse
+        o_THE, lse_TH = attention_forward(*self.heads.split(qkv_Th), positions.segments)
+        return o_THE.flatten(1), lse_TH
 
     def _project_out(self, o_Th: Tensor, x_tD: Tensor) -> Pass[Tensor]:
         out_TD = self.wo.forward(o_Th, (yield self.wo.weight()))
@@ -166,12 +167,13 @@ class DecoderLayer:
         n1 = self.wqkv.gather(n1_tD)
         dx2_TD = yield dx2
         do_Th = self.wo.dgrad(dx2_TD, (yield self.wo.weight()))
-        wqkv = yield self.wqkv.weight()  # before the defer: dWo runs under the scatter below
-        queue.defer(partial(self.wo.wgrad, dx2_TD, saved["o"]))
+        o_Th = saved["o"]
         dqkv_Th = self._attend_backward(do_Th, positions, saved)
-        dn1 = self.wqkv.scatter(self.wqkv.dgrad(dqkv_Th, wqkv))
-        queue.defer(partial(self.wqkv.wgrad, dqkv_Th, (yield n1)))
-        del do_Th, dqkv_Th
+        dn1 = self.wqkv.scatter(self.wqkv.dgrad(dqkv_Th, (yield self.wqkv.weight())))
+        n1_TD = yield n1
+        queue.defer(partial(self.wo.wgrad, dx2_TD, o_Th))
+        queue.defer(partial(self.wqkv.wgrad, dqkv_Th, n1_TD))
+        del do_Th, dqkv_Th, o_Th
         return self.norm1.backward((yield dn1), x_tD, norm_w).add_(dx2_tD)
 
     def _attend_backward(self, do_Th: Tensor, positions: Positions, saved: Saved) -> Tensor:

@@ -30,29 +30,35 @@ class WgradQueue:
         self._deferred: deque[Callable[[], None]] = deque()
 
     def defer(self, wgrad: Callable[[], None]) -> None:
-        """Put `wgrad` off to the next wait."""
+        """Put `wgrad` off to a later wait."""
         self._deferred.append(wgrad)
 
-    def run(self) -> None:
-        """Run everything that was put off."""
-        while self._deferred:
+    def __len__(self) -> int:
+        return len(self._deferred)
+
+    def run_one(self) -> None:
+        """Run the oldest weight gradient that was put off, if there is one."""
+        if self._deferred:
             self._deferred.popleft()()
 
 
 def drive(coroutine: Pass[T], queue: WgradQueue | None = None) -> T:
     """Run a pass to its end and return its value.
 
-    At each handle the queue's weight gradients run first, under the collective that is in flight;
-    whatever is left at the end runs then.
+    Before each wait for a collective one weight gradient of the queue runs, to hide it; whatever is
+    left at the end runs then. One a wait, because a collective is about as long as one weight
+    gradient, and the next wait has none of its own (docs/design.md, "The layer").
     """
-    queue = queue or WgradQueue()
+    queue = WgradQueue() if queue is None else queue
     value: Any = None
     while True:
         try:
             handle = coroutine.send(value)
         except StopIteration as end:
-            queue.run()
+            while queue:
+                queue.run_one()
             result: T = end.value
             return result
-        queue.run()
+        if handle.collective:
+            queue.run_one()
         value = handle.wait()

@@ -1,4 +1,4 @@
-"""Where passes keep what the backward needs: one saved set a (micro-batch, layer).
+"""Where a micro-batch's passes keep what its backward needs: one saved set a layer.
 
 Every set is taken exactly once, by the pass that last needs it, so what is held at any time can be
 counted.
@@ -20,7 +20,14 @@ class Stash:
         self._sets: dict[Hashable, Saved] = {}
 
     def put(self, key: Hashable, saved: Saved) -> None:
-        """Keep a saved set until it is taken."""
+        """Keep a saved set until it is taken.
+
+        Raises:
+            KeyError: the key is in use: two micro-batches share the stash, and one would get the
+                other's activations.
+        """
+        if key in self._sets:
+            raise KeyError(f"a saved set of {key!r} is waiting for its backward")
         self._sets[key] = saved
 
     def take(self, key: Hashable) -> Saved:

@@ -8,7 +8,7 @@ xxh3, plus the trainer's state, the config and the tokenizer's hash. Its own has
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`state` is the trainer's (step, samples consumed, …), `config` the run's, both plain JSON."""
+    """`state` is the trainer's (step, samples consumed, …), `config` the run's, both plain JSON.
+
+    `tokenizer_hash` and `sources`, a fingerprint of each source's token files, say what the run is
+    trained on.
+    """
 
     state: dict[str, Any]
     config: dict[str, Any]
     tokenizer_hash: str | None
-    tensors: dict[str, Entry]
+    sources: dict[str, str]
+    tensors: dict[str, Entry] = field(default_factory=dict)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -98,7 +103,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
         for name, entry in body["tensors"].items()
     }
-    return Manifest(body["state"], body["config"], body["tokenizer_hash"], tensors)
+    return Manifest(body["state"], body["config"], body["tokenizer_hash"], body["sources"], tensors)
 
 
 def _text(body: dict[str, Any]) -> bytes:

@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -43,14 +43,10 @@ def committed_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _directories(folder) if (path / MANIFEST).exists()]
 
 
-def save_checkpoint(
-    directory: Path,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    tokenizer_hash: str | None,
-) -> None:
+def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], facts: Manifest) -> None:
     """Write a checkpoint; it exists once this returns and not before.
+
+    `facts` is the manifest but for its tensors, which are added here.
 
     What the directory holds, such as an unfinished or damaged checkpoint, is written anew.
 
@@ -68,7 +64,7 @@ def save_checkpoint(
         for path in (file, directory, directory.parent):
             sync_path(path)
         entries = _describe(file)
-    write_manifest(directory, Manifest(dict(state), dict(config), tokenizer_hash, entries))
+    write_manifest(directory, replace(facts, tensors=entries))
 
 
 def prune_checkpoints(folder: Path, keep: int, newest: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megallama.config.faults import Fault, at
-from megallama.config.schema import Phase, Source, steps_of
+from megallama.config.schema import Phase, RopeScaling, Source, steps_of
 
 Faults = Iterator[Fault]
 
@@ -209,9 +209,19 @@ def _sources(mixture: tuple[Source, ...], phases: tuple[Phase, ...]) -> Faults:
                 )
 
 
+def _rope_scaling(scaling: RopeScaling | None) -> Faults:
+    if scaling and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield Fault(
+            at("model.rope_scaling.high_freq_factor", scaling.high_freq_factor),
+            f"is not above low_freq_factor={scaling.low_freq_factor}",
+            "Llama 3.1 has 4 above 1",
+        )
+
+
 CHECKS: tuple[tuple[Callable[..., Faults], str], ...] = (
     (_head_width, "model.d_model model.heads"),
     (_kv_heads, "model.heads model.kv_heads"),
+    (_rope_scaling, "model.rope_scaling"),
     (_tensor_splits_heads, "model.heads parallel.tensor"),
     (_tensor_splits_kv_heads, "model.kv_heads parallel.tensor"),
     (_tensor_splits_ffn, "model.ffn parallel.tensor"),

@@ -14,8 +14,7 @@ import numpy as np
 from megallama.data.order import Phase, SampleOrder
 from megallama.data.token_files import IntArray, TokenFile, check_vocab
 from megallama.errors import ConfigError
-
-IGNORE = -100  # a label that does not count
+from megallama.spec.labels import IGNORE
 
 Weight = str | float | int
 SourcePhase = tuple[int | None, Sequence[tuple[str, str | Path, Weight]]]
@@ -72,6 +71,8 @@ class Dataset:
         self.sequence_length = sequence_length
         self.vocab = vocab
         self.mask_documents = mask_documents
+        self.tokenizer_hash = tokenizer_hash
+        self.fingerprints = {name: file.fingerprint for name, file in files.items()}
         self._files = [files[name] for name in self.source_names]
 
     def batch(self, first_sample: int, count: int) -> Batch:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from megallama.data.sidecar import BlockHasher, Sidecar, load_sidecar
 from megallama.errors import ConfigError, CorruptError
@@ -149,6 +150,12 @@ class TokenFile:
             if not starts or offset > starts[-1]:  # an empty document begins where the next does
                 starts.append(offset)
         return np.array(starts, np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this build from another: its count of tokens, and the sidecar's hashes."""
+        hashes = "".join((*self.sidecar.xxh3_bin, *self.sidecar.xxh3_idx)) if self.sidecar else ""
+        return f"{self.tokens} tokens, {xxhash.xxh3_64_hexdigest(hashes.encode())}"
 
     def close(self) -> None:
         """Closes the file of tokens."""

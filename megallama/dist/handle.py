@@ -13,16 +13,24 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Handle(Protocol[T_co]):
-    """Something that is waited for once."""
+    """Something that is waited for once.
+
+    `collective` says whether communication goes on until then, so that the wait is worth filling.
+    It depends on what the handle stands for, never on how far it has come.
+    """
+
+    @property
+    def collective(self) -> bool: ...
 
     def wait(self) -> T_co: ...
 
 
 @dataclass(frozen=True)
 class Done(Generic[T]):
-    """A handle whose value is already here: what a collective over a group of one returns."""
+    """A handle whose value is already here: a resident weight, a collective over a group of one."""
 
     value: T
+    collective: bool = False
 
     def wait(self) -> T:
         return self.value

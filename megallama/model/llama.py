@@ -9,12 +9,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from megallama.autograd.attention import Segments
 from megallama.autograd.head import Head
 from megallama.autograd.layer import DecoderLayer, Heads, Positions
 from megallama.autograd.linear import linear_forward
 from megallama.autograd.passes import Pass, WgradQueue
 from megallama.autograd.rope import RotationTable, rope_frequencies
+from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Stash
 from megallama.config.schema import Model
 from megallama.dist.group import Group

@@ -12,6 +12,8 @@ import torch
 
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch
+from megallama.errors import DivergedError
+from megallama.optim.schedule import learning_rate
 from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.device import device_name
 from megallama.train.doctor import versions
@@ -22,7 +24,7 @@ def bench(config: Config, steps: int, warmup: int) -> dict[str, Any]:
     """Time `steps` training steps after `warmup`; rates are those of the median step."""
     trainer = build_trainer(config)
     batch_of = batches(config)
-    seconds = [_timed_step(trainer, batch_of(step)) for step in range(warmup + steps)][warmup:]
+    seconds = [_timed_step(trainer, batch_of(i), i + 1) for i in range(warmup + steps)][warmup:]
     tokens = config.train.global_batch * config.train.sequence_length
     figures = speed(trainer, tokens, statistics.median(seconds))
     figures["peak_memory_bytes"] = figures.pop("memory_bytes")
@@ -46,12 +48,17 @@ def bench(config: Config, steps: int, warmup: int) -> dict[str, Any]:
     }
 
 
-def _timed_step(trainer: Trainer, batch: Batch) -> float:
+def _timed_step(trainer: Trainer, batch: Batch, step: int) -> float:
+    config = trainer.config
     began = time.perf_counter()
-    trainer.step.run(batch, trainer.config.optimizer.lr)
+    lr = learning_rate(config.optimizer, step, config.train.total_steps)
+    result = trainer.step.run(batch, lr)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if not result.applied:
+        raise DivergedError(f"step {step} was left out ({result.fault}): its time means nothing")
+    return seconds
 
 
 def batches(config: Config) -> Callable[[int], Batch]:

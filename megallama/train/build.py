@@ -17,7 +17,7 @@ from megallama.model.llama import Llama
 from megallama.optim.adamw import AdamW
 from megallama.parallel.state import ParameterState
 from megallama.spec.parameters import parameter_table
-from megallama.train.device import DTYPES, choose_device, set_deterministic
+from megallama.train.device import DTYPES, choose_device, make_deterministic
 from megallama.train.step import TrainStep
 
 
@@ -47,8 +47,9 @@ def build_trainer(config: Config) -> Trainer:
     """
     check_supported(config)
     train = config.train
-    set_deterministic(train.deterministic)
-    model = build_model(config, choose_device(train.precision))
+    if train.deterministic:
+        make_deterministic()
+    model = build_model(config, choose_device(config))
     state = model.state
     optimizer = AdamW(config.optimizer, state.table, state.masters, state.gradients)
     step = TrainStep(model, optimizer, train.micro_batch, config.optimizer.grad_clip)

@@ -8,36 +8,37 @@ import resource
 
 import torch
 
+from megallama.config.schema import Config
 from megallama.errors import ConfigError
 from megallama.spec.flops import peak_flops
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def choose_device(precision: str) -> torch.device:
-    """CUDA where there is one, else the CPU.
+def choose_device(config: Config) -> torch.device:
+    """CUDA for bf16 where there is a GPU, else the CPU: flash attention on CUDA takes no fp32.
 
     Raises:
-        ConfigError: the precision is one that CUDA's flash attention does not take.
+        ConfigError: a head is too wide, or of a width that the CUDA kernels do not take.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or config.train.precision != "bf16":
         return torch.device("cpu")
-    if precision != "bf16":
+    width = config.model.head_width
+    if width % 8 or width > 256:
         raise ConfigError(
-            f"train.precision={precision}: flash attention on CUDA takes bf16 only; "
-            "set train.precision=bf16, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            f"model.heads={config.model.heads}: heads of width {width}; on CUDA the width is a "
+            "multiple of 8 up to 256; choose heads so that model.d_model / heads is"
         )
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def set_deterministic(on: bool) -> None:
-    """Choose kernels that repeat bit for bit. Only CUDA has others; before its first use."""
-    if on:
-        # cuBLAS repeats itself only with a workspace of fixed size.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def make_deterministic() -> None:
+    """Choose kernels that repeat bit for bit. Only CUDA has others; call before its first use."""
+    # cuBLAS repeats itself only with a workspace of fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The filling of fresh memory, on by default, finds reads of it; it changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(on)
+    torch.use_deterministic_algorithms(True)
 
 
 def device_name(device: torch.device) -> str:
@@ -64,4 +65,6 @@ def bf16_is_emulated(device: torch.device) -> bool:
     """Whether bf16 GEMMs run without bf16 units: 20 times slower than fp32 on such a CPU."""
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() != "x86_64":
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -36,7 +36,7 @@ def generate(path: Path, prompt: str, count: int) -> str:
             f"{config.data.tokenizer}: not the tokenizer that {path} was trained with; "
             "restore that one"
         )
-    device = choose_device(config.train.precision)
+    device = choose_device(config)
     model = build_model(config, device)
     restore_weights(model, checkpoint)
     tokens = [tokenizer.bos, *tokenizer.encode(prompt)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from megallama.checkpoint.store import Checkpoint, committed_checkpoints
 from megallama.config.load import config_to_yaml
 from megallama.config.schema import Config
-from megallama.data.tokenizer import Tokenizer
+from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError
 from megallama.files import write_atomic
 from megallama.train.build import Trainer, build_dataset, build_trainer
@@ -31,28 +33,21 @@ def train(config: Config, resume: str = "auto") -> int:
         dataset = build_dataset(config)
         with Console(config.train.total_steps, config.log.every) as console:
             trainer = build_trainer(config)
-            tokenizer = config.data.tokenizer
-            tokenizer_hash = Tokenizer(tokenizer).hash if tokenizer else None
             checkpoint = _checkpoint(config.run.directory, resume, console)
-            progress = _start(trainer, checkpoint, tokenizer_hash, console)
-            if config.train.precision == "bf16" and bf16_is_emulated(trainer.device):
-                console.message(
-                    "this machine has no bf16 units: bf16 runs many times slower than fp32 here; "
-                    "set train.precision=fp32"
-                )
-            _describe(trainer, progress, console)
+            progress = _start(trainer, checkpoint, dataset, console)
+            _describe(trainer, dataset, progress, console)
             resumed_from = checkpoint.directory if checkpoint else None
-            loop = Loop(trainer, dataset, progress, tokenizer_hash, console, resumed_from)
+            loop = Loop(trainer, dataset, progress, console, resumed_from)
             return loop.run(stop)
 
 
 def _start(
-    trainer: Trainer, checkpoint: Checkpoint | None, tokenizer_hash: str | None, console: Console
+    trainer: Trainer, checkpoint: Checkpoint | None, dataset: Dataset, console: Console
 ) -> Progress:
     """Fill the trainer, and write the run's config.yaml."""
     progress = Progress()
     if checkpoint:
-        progress = restore(trainer, checkpoint, tokenizer_hash)
+        progress = restore(trainer, checkpoint, dataset)
         console.message(f"resumed from {checkpoint.directory}")
     path = trainer.config.run.directory / "config.yaml"
     write_atomic(path, config_to_yaml(trainer.config).encode())
@@ -81,7 +76,8 @@ def _checkpoint(directory: Path, resume: str, console: Console) -> Checkpoint | 
     return checkpoint
 
 
-def _describe(trainer: Trainer, progress: Progress, console: Console) -> None:
+def _describe(trainer: Trainer, dataset: Dataset, progress: Progress, console: Console) -> None:
+    """Say what is about to run, and what of it may surprise."""
     config = trainer.config
     total = config.train.total_steps
     millions = trainer.parameters / 1e6
@@ -89,5 +85,17 @@ def _describe(trainer: Trainer, progress: Progress, console: Console) -> None:
         f"{config.run.name}: {millions:.1f}M parameters, {config.train.precision} on "
         f"{trainer.device}, step {progress.step} of {total}"
     )
+    if config.train.precision == "bf16" and bf16_is_emulated(trainer.device):
+        console.message(
+            "this machine has no bf16 units: bf16 runs many times slower than fp32 here; "
+            "set train.precision=fp32"
+        )
+    if trainer.device.type == "cpu" and torch.cuda.is_available():
+        console.message("the GPU is not used: on CUDA train.precision is bf16")
+    for phase in range(len(config.data.all_phases)):
+        mixture = dataset.order.mixture(phase)
+        if not mixture.exact:
+            shares = ", ".join(f"{share}/{mixture.period}" for share in mixture.shares)
+            console.message(f"phase {phase}: the mixture's weights are rounded to {shares}")
     if progress.step >= total:
         console.message("nothing left to train")

@@ -35,13 +35,12 @@ class Loop:
         trainer: Trainer,
         dataset: Dataset,
         progress: Progress,
-        tokenizer_hash: str | None,
         console: Console,
         resumed_from: Path | None = None,
     ) -> None:
         self.trainer, self.dataset, self.progress = trainer, dataset, progress
         self.config: Config = trainer.config
-        self.tokenizer_hash, self.console = tokenizer_hash, console
+        self.console = console
         self.newest = resumed_from.resolve() if resumed_from else None
         self.directory: Path = self.config.run.directory
         self.total_steps = self.config.train.total_steps
@@ -143,7 +142,7 @@ class Loop:
         return row
 
     def _validate(self) -> None:
-        result = validate(self.trainer.model, self.dataset, self.config.train.micro_batch)
+        result = validate(self.trainer.model, self.dataset)
         row = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -158,7 +157,7 @@ class Loop:
         """Save this step, unless it is the one saved or resumed from last."""
         folder = self.directory / "checkpoints"
         if checkpoint_path(folder, self.progress.step).resolve() != self.newest:
-            path = save(self.trainer, self.progress, folder, self.tokenizer_hash)
+            path = save(self.trainer, self.progress, folder, self.dataset)
             self.newest = path.resolve()
 
     def _metrics(self) -> MetricsWriter:

@@ -6,12 +6,14 @@ data order and initial weights from the config, so there is no random state to s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from megallama.checkpoint.manifest import Manifest
 from megallama.checkpoint.store import (
     Checkpoint,
     checkpoint_path,
@@ -20,6 +22,7 @@ from megallama.checkpoint.store import (
     save_checkpoint,
 )
 from megallama.config.schema import Config
+from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError, CorruptError
 from megallama.model.llama import Llama
 from megallama.parallel.state import ParameterState
@@ -44,19 +47,20 @@ class Progress:
     failures: int = 0
 
 
-def save(trainer: Trainer, progress: Progress, folder: Path, tokenizer_hash: str | None) -> Path:
+def save(trainer: Trainer, progress: Progress, folder: Path, dataset: Dataset) -> Path:
     """Save a checkpoint of this step under `folder`, then delete the oldest beyond `keep`.
 
     One of this step that is there already, such as a damaged one, is overwritten.
     """
     directory = checkpoint_path(folder, progress.step)
     config = trainer.config.model_dump(mode="json")
-    save_checkpoint(directory, _tensors(trainer), asdict(progress), config, tokenizer_hash)
+    facts = Manifest(asdict(progress), config, dataset.tokenizer_hash, dataset.fingerprints)
+    save_checkpoint(directory, _tensors(trainer), facts)
     prune_checkpoints(folder, trainer.config.checkpoint.keep, directory)
     return directory
 
 
-def restore(trainer: Trainer, checkpoint: Checkpoint, tokenizer_hash: str | None) -> Progress:
+def restore(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Progress:
     """Fill the trainer from a checkpoint.
 
     Raises:
@@ -64,7 +68,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, tokenizer_hash: str | None
         CorruptError: it is damaged.
     """
     _refuse_other_run(trainer.config, checkpoint)
-    _refuse_other_tokenizer(trainer.config, checkpoint, tokenizer_hash)
+    _refuse_other_data(trainer.config, checkpoint, dataset)
     for name, tensor in _tensors(trainer).items():
         tensor.copy_(checkpoint.read(name))
     trainer.model.state.refresh_weights()
@@ -126,34 +130,50 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:
     """A resumed run may change its length, batch, schedule and logging; not what it trains on.
 
-    What is held out for validation decides which samples are for training, and their order.
+    What is held out for validation decides which samples are for training, and their order. Files
+    may move: `_refuse_other_data` knows them by their content.
     """
-    ours, theirs = config.model_dump(mode="json"), checkpoint.manifest.config
-    keys = [("model", key) for key in ours["model"] if key != "preset"]
-    keys += [("run", "seed"), ("train", "sequence_length"), ("train", "precision")]
-    keys += [("data", "tokenizer"), ("data", "mixture"), ("data", "phases")]
-    keys += [("data", "mask_documents")]
-    validated, validates = theirs["validation"]["every"] > 0, config.validation.every > 0
-    if validated != validates:
-        keys.append(("validation", "every"))
-    elif validates:
-        keys.append(("validation", "sequences"))
-    for section, key in keys:
-        before, now = theirs[section].get(key), ours[section][key]
-        if before != now:
+    ours = _identity(config.model_dump(mode="json"))
+    theirs = _identity(checkpoint.manifest.config)
+    for key, now in ours.items():
+        if theirs[key] != now:
             raise ConfigError(
-                f"{section}.{key}: {checkpoint.directory} was trained with {before}, the config "
+                f"{key}: {checkpoint.directory} was trained with {theirs[key]}, the config "
                 f"says {now}; set it back, or choose another run.name to start anew"
             )
 
 
-def _refuse_other_tokenizer(
-    config: Config, checkpoint: Checkpoint, tokenizer_hash: str | None
-) -> None:
-    """The file that data.tokenizer names may have changed since."""
-    before = checkpoint.manifest.tokenizer_hash
-    if before != tokenizer_hash:
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run the same run, by key."""
+    data, validation = config["data"], config["validation"]
+    same = {f"model.{key}": value for key, value in config["model"].items() if key != "preset"}
+    same["run.seed"] = config["run"]["seed"]
+    same |= {f"train.{key}": config["train"][key] for key in ("sequence_length", "precision")}
+    same["data.mask_documents"] = data["mask_documents"]
+    same["data.mixture"] = _shares(data["mixture"])
+    same["data.phases"] = [(p["until_tokens"], _shares(p["mixture"])) for p in data["phases"]]
+    same["validation.every"] = "0" if validation["every"] == 0 else "some"
+    same["validation.sequences"] = validation["sequences"] if validation["every"] else None
+    return same
+
+
+def _shares(mixture: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    return [(source["name"], source["weight"]) for source in mixture]
+
+
+def _refuse_other_data(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """The files that the config names may have been built anew since."""
+    manifest = checkpoint.manifest
+    if manifest.tokenizer_hash != dataset.tokenizer_hash:
         raise ConfigError(
-            f"data.tokenizer: {config.data.tokenizer} has hash {tokenizer_hash}, but "
-            f"{checkpoint.directory} was trained with {before}; restore that file and its data"
+            f"data.tokenizer: {config.data.tokenizer} has hash {dataset.tokenizer_hash}, but "
+            f"{checkpoint.directory} was trained with {manifest.tokenizer_hash}; restore that file "
+            "and its data"
         )
+    for name, now in dataset.fingerprints.items():
+        if manifest.sources.get(name) != now:
+            raise ConfigError(
+                f"data source {name!r}: its token files have changed ({now}) since "
+                f"{checkpoint.directory} was saved ({manifest.sources.get(name)}), and so would "
+                "the order of samples; restore them, or choose another run.name to start anew"
+            )

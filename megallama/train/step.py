@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
-from megallama.data.dataset import IGNORE, Batch
+from megallama.data.dataset import Batch
 from megallama.model.llama import Llama, MicroBatch
 from megallama.optim.adamw import AdamW
 from megallama.optim.norm import clip_factor, squared_norms
+from megallama.spec.labels import IGNORE
 from megallama.train.host import read_back
 
 
@@ -73,14 +74,13 @@ def valid_tokens(batch: Batch) -> np.ndarray:
 
 
 class TrainStep:
-    """A step over a model and its optimizer; holds what lasts from one micro-batch to the next."""
+    """A step over a model and its optimizer."""
 
     def __init__(
         self, model: Llama, optimizer: AdamW, micro_batch: int, grad_clip: float | None
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.micro_batch, self.grad_clip = micro_batch, grad_clip
-        self.stash, self.queue = Stash(), WgradQueue()
 
     def run(self, batch: Batch, lr: float, layer_norms: bool = False) -> StepResult:
         """Train on one global batch; the weights change unless the result says otherwise."""
@@ -88,12 +88,12 @@ class TrainStep:
         state.zero_gradients()
         losses, activations = [], []
         for micro_batch in micro_batches(self.model, batch, self.micro_batch):
-            loss_T = drive(self.model.forward(micro_batch, self.stash))
-            samples = len(loss_T) // batch.tokens_NS.shape[1]
-            losses.append(sample_losses(loss_T, samples))
+            stash, queue = Stash(), WgradQueue()
+            loss_T = drive(self.model.forward(micro_batch, stash))
+            losses.append(sample_losses(loss_T, len(loss_T) // batch.tokens_NS.shape[1]))
             if layer_norms:
-                activations.append(self._activation_squares())
-            drive(self.model.backward(micro_batch, self.stash, self.queue), self.queue)
+                activations.append(self._activation_squares(stash))
+            drive(self.model.backward(micro_batch, stash, queue), queue)
         state.fold_tied_gradient()
         squares = squared_norms([state.gradients[p.name] for p in state.table])
         activation = torch.stack(activations).mean(0) if activations else squares[:0]
@@ -119,7 +119,7 @@ class TrainStep:
     ) -> StepResult:
         counts = valid_tokens(batch)
         valid = int(counts.sum())
-        scale = max(valid, 1)
+        scale = valid or math.nan  # without a label there is no mean
         loss, grad_norm = sum(losses) / scale, math.sqrt(sum(squares)) / scale
         norms = None
         if activation_squares:
@@ -132,7 +132,7 @@ class TrainStep:
             valid,
             _by_source(batch.sources_N, losses, counts),
             norms,
-            self._fault(loss, squares),
+            self._fault(loss, squares) if valid else None,
         )
 
     def _fault(self, loss: float, squares: Sequence[float]) -> str | None:
@@ -152,9 +152,9 @@ class TrainStep:
                 sums[parameter.layer] += square
         return sums
 
-    def _activation_squares(self) -> Tensor:
+    def _activation_squares(self, stash: Stash) -> Tensor:
         """The mean square of each layer's input, (L,) fp64."""
-        inputs = [self.stash.peek(layer)["x"] for layer in range(len(self.model.layers))]
+        inputs = [stash.peek(layer)["x"] for layer in range(len(self.model.layers))]
         return torch.stack([x.double().square().mean() for x in inputs])
 
 

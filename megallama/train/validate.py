@@ -19,15 +19,15 @@ class ValidationResult:
     by_source: dict[str, float]
 
 
-def validate(model: Llama, dataset: Dataset, micro_batch: int) -> ValidationResult:
-    """Evaluate every held-out sample. The sums run sample by sample: no batching changes them."""
+def validate(model: Llama, dataset: Dataset) -> ValidationResult:
+    """Evaluate every held-out sample, one at a time, so that no batch size changes a bit."""
     sums, counts = {}, {}
     for source, name in enumerate(dataset.source_names):
         batch = dataset.validation_batch(source, 0, dataset.order.validation_sequences)
-        losses = []
-        for micro in micro_batches(model, batch, micro_batch):
-            loss_T = drive(model.forward(micro, None))
-            losses.append(sample_losses(loss_T, len(loss_T) // dataset.sequence_length))
+        losses = [
+            sample_losses(drive(model.forward(sample, None)), samples=1)
+            for sample in micro_batches(model, batch, size=1)
+        ]
         sums[name] = sum(sum(values) for values in read_back(*losses))
         counts[name] = int(valid_tokens(batch).sum())
     by_source = {name: _mean(sums[name], counts[name]) for name in sums}

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megallama.autograd.attention import Segments
 from megallama.autograd.layer import DecoderLayer, Heads, Positions
 from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
 from megallama.autograd.norm import rms_norm_backward, rms_norm_forward
 from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.rope import rope_frequencies, rotation_at
+from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Stash
 from megallama.dist.handle import Done
 from megallama.spec.saved import POLICIES
@@ -33,6 +33,7 @@ class Recorded:
     log: list[str]
     name: str
     value: torch.Tensor
+    collective: bool = True
 
     def __post_init__(self) -> None:
         self.log.append(f"start {self.name}")
@@ -171,13 +172,30 @@ def test_every_collective_is_waited_for_once(policy):
 
 
 def test_what_hides_what():
-    """The backward table of DESIGN §4, row by row."""
-    _, log = run("linear_outputs")
-    assert in_flight(log, "gather w13") == ["B w2", "B w13"]
-    assert in_flight(log, "scatter w13") == ["W w2", "W w13"]
-    # dWo may begin while n1 is still on its way: by then the scatter is in flight too.
-    assert in_flight(log, "gather wqkv")[:2] == ["B wo", "B wqkv"]
-    assert in_flight(log, "scatter wqkv") == ["W wo", "W wqkv"]
+    """The backward table of DESIGN §4, row by row, over two layers one below the other."""
+    layer, log, positions = build("linear_outputs")
+    queue, saved = WgradQueue(), []
+    for seed in (0, 1):
+        stash = Stash()
+        drive(layer.forward(random(T, D, seed=seed), positions, stash, 0))
+        saved.append(stash.take(0))
+    log.clear()
+
+    def backward():
+        dz = random(T, D, seed=2)
+        for one in saved:
+            dz = yield from layer.backward(dz, positions, one, queue)
+
+    drive(backward(), queue)
+    lower = len(log) - log[::-1].index("start gather w2") - 1
+    upper, below = log[:lower], log[lower:]
+    assert in_flight(upper, "scatter wqkv") == ["W wo"]
+    assert in_flight(below, "gather w2") == ["F norm2", "W wqkv"]  # n2 is recomputed meanwhile
+    # The wait for dz comes after this start, so the layer above's last W stands here too.
+    assert in_flight(below, "gather w13") == ["W wqkv", "B w2", "B w13"]
+    assert in_flight(below, "scatter w13") == ["W w2"]
+    assert in_flight(below, "gather wo") == ["F norm1", "W w13"]
+    assert in_flight(below, "gather wqkv")[-2:] == ["B wo", "B wqkv"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

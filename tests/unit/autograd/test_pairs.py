@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megallama.autograd.attention import Segments, attention_backward, attention_forward
+from megallama.autograd.attention import attention_backward, attention_forward
 from megallama.autograd.embedding import embedding_backward, embedding_forward
 from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
 from megallama.autograd.norm import rms_norm_backward, rms_norm_forward
 from megallama.autograd.rope import rope_backward, rope_forward, rope_frequencies, rotation_at
+from megallama.autograd.segments import Segments
 from megallama.autograd.swiglu import swiglu_backward, swiglu_forward
 from tests.unit.autograd.pairs import check_pair, random
 

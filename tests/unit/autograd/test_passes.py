@@ -12,44 +12,50 @@ from megallama.autograd.passes import WgradQueue, drive
 class Recorded:
     """A handle that logs when it is waited for."""
 
-    def __init__(self, log: list[str], value: object) -> None:
-        self.log, self.value = log, value
+    def __init__(self, log: list[str], value: object, collective: bool = True) -> None:
+        self.log, self.value, self.collective = log, value, collective
 
     def wait(self) -> object:
         self.log.append(f"wait {self.value}")
         return self.value
 
 
-def test_deferred_work_runs_before_the_next_wait_and_at_the_end():
+def test_each_wait_for_a_collective_is_filled_with_one_deferred_piece():
     log: list[str] = []
     queue = WgradQueue()
 
     def body():
         queue.defer(partial(log.append, "w1"))
         queue.defer(partial(log.append, "w2"))
+        queue.defer(partial(log.append, "w3"))
         log.append("b1")
         log.append(f"got {(yield Recorded(log, 'h1'))}")
-        queue.defer(partial(log.append, "w3"))
+        log.append(f"got {(yield Recorded(log, 'weight', collective=False))}")
         log.append(f"got {(yield Recorded(log, 'h2'))}")
-        log.append(f"got {(yield Recorded(log, 'h3'))}")
         queue.defer(partial(log.append, "w4"))
         log.append("b2")
         return "result"
 
     assert drive(body(), queue) == "result"
     assert log == [
-        *("b1", "w1", "w2", "wait h1", "got h1", "w3", "wait h2", "got h2"),
-        *("wait h3", "got h3", "b2", "w4"),
+        *("b1", "w1", "wait h1", "got h1", "wait weight", "got weight", "w2", "wait h2"),
+        *("got h2", "b2", "w3", "w4"),
     ]
+    assert len(queue) == 0
 
 
 def test_work_deferred_by_deferred_work_runs_too():
     log: list[str] = []
     queue = WgradQueue()
     queue.defer(lambda: (log.append("first"), queue.defer(partial(log.append, "second"))))
-    queue.run()
+
+    def nothing():
+        return None
+        yield
+
+    drive(nothing(), queue)
     assert log == ["first", "second"]
-    queue.run()
+    queue.run_one()
     assert log == ["first", "second"], "each runs once"
 
 

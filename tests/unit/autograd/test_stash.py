@@ -30,3 +30,11 @@ def test_bytes_count_each_storage_once_and_whole():
     assert stash.bytes_held() == 10 * 4 * 4 + 3 * 2, "a view keeps its storage alive"
     stash.take(1)
     assert stash.bytes_held() == 0
+
+
+def test_a_key_in_use_is_refused():
+    """Two micro-batches in one stash would exchange their activations in silence."""
+    stash = Stash()
+    stash.put(0, {})
+    with pytest.raises(KeyError, match="waiting for its backward"):
+        stash.put(0, {})

@@ -102,6 +102,20 @@ def source(name: str = "a", path: str = "p") -> dict:
             ],
         ),
         (
+            {
+                "model.rope_scaling": {
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                    "original_context": 8192,
+                }
+            },
+            [
+                "model.rope_scaling.high_freq_factor=4.0: is not above low_freq_factor=4.0; "
+                "Llama 3.1 has 4 above 1"
+            ],
+        ),
+        (
             {"optimizer.schedule": "wsd"},
             [
                 "optimizer.schedule=wsd: needs optimizer.decay_steps; set it to the length of the "

@@ -235,8 +235,8 @@ def mappings(draw):
     scaling = st.fixed_dictionaries(
         {
             "factor": positive,
-            "low_freq_factor": positive,
-            "high_freq_factor": positive,
+            "low_freq_factor": st.floats(1.0, 2.0),
+            "high_freq_factor": st.floats(2.5, 8.0),
             "original_context": st.integers(1, 10**6),
         }
     )

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallama.data.dataset import IGNORE, Dataset
+from megallama.data.dataset import Dataset
 from megallama.data.token_files import TokenFile, TokenFileWriter
 from megallama.errors import ConfigError, CorruptError
+from megallama.spec.labels import IGNORE
 
 from .conftest import MakeFile
 

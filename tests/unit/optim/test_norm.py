@@ -21,6 +21,13 @@ def test_squared_norms_are_one_a_gradient_in_order():
     assert found.tolist() == pytest.approx([25.0, 6.0, 0.0])
 
 
+def test_a_large_fp32_gradient_loses_nothing():
+    """Summed naively in fp32, 16M elements lose 7e-4 on a CPU."""
+    gradient = torch.randn(32_000, 512, generator=torch.Generator().manual_seed(0))
+    exact = gradient.double().square().sum().item()
+    assert squared_norms([gradient]).item() == pytest.approx(exact, rel=1e-7)
+
+
 def test_a_non_finite_element_shows():
     for bad in (math.inf, math.nan):
         found = squared_norms([torch.tensor([1.0, bad]), torch.ones(2)])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megallama.data.dataset import IGNORE
+from megallama.spec.labels import IGNORE
 from tests.reference import Batch, Shape, plain, random_batch, random_weights, relative_error
 from tests.unit.optim.trainers import build_step, optimizer_config, step_batch
 
@@ -47,7 +47,6 @@ def assert_unchanged(step, before):
     tensors, updates = snapshot(step)
     assert updates == before[1]
     assert all(torch.equal(a, b) for a, b in zip(tensors, before[0], strict=True))
-    assert len(step.stash) == 0
 
 
 @pytest.mark.parametrize("documents", [None, [[9], [4, 5], [1, 8], [3, 3, 3]]], ids=str)
@@ -95,7 +94,9 @@ def test_a_batch_without_a_valid_token_changes_nothing():
     result = step.run(step_batch(Batch(tokens, torch.full_like(labels, IGNORE))), lr=1e-3)
     assert not result.applied
     assert result.fault is None
-    assert (result.loss, result.grad_norm, result.valid_tokens) == (0.0, 0.0, 0)
+    assert result.valid_tokens == 0
+    assert math.isnan(result.loss)
+    assert math.isnan(result.grad_norm)
     assert_unchanged(step, before)
     assert step.run(step_batch(uneven_batch()), lr=1e-3).applied
 
@@ -114,7 +115,6 @@ def test_a_non_finite_weight_stops_the_update(dtype, bad):
     assert step.optimizer.updates == 0
     after = [t.nan_to_num() for t in snapshot(step)[0]]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert len(step.stash) == 0
 
 
 def test_a_non_finite_gradient_is_named_and_forgotten():

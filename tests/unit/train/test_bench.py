@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megallama.errors import DivergedError
 from megallama.spec.flops import flops_per_token
 from megallama.train.bench import batches, bench
 from megallama.train.build import build_dataset, build_trainer
+from megallama.train.step import TrainStep
 from tests.conftest import MakeConfig
 
 SYNTHETIC = {"data": None}
@@ -54,8 +56,8 @@ def test_it_times_the_steps_after_the_warm_up(
     clock = iter(range(100))
     durations = iter([50.0, 40.0, 3.0, 1.0, 2.0])
 
-    def timed(trainer: object, batch: object) -> float:
-        next(clock)
+    def timed(trainer: object, batch: object, step: int) -> float:
+        assert step == next(clock) + 1
         return next(durations)
 
     monkeypatch.setattr(module, "_timed_step", timed)
@@ -82,3 +84,11 @@ def test_real_batches_are_those_of_training(make_config: MakeConfig) -> None:
     batch_of, dataset = batches(config), build_dataset(config)
     for step in range(3):
         assert np.array_equal(batch_of(step).tokens_NS, dataset.batch(4 * step, 4).tokens_NS)
+
+
+def test_a_step_that_is_left_out_is_not_timed(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainStep, "_fault", lambda *_: "loss is nan")
+    with pytest.raises(DivergedError, match="step 1 was left out"):
+        bench(make_config(SYNTHETIC), steps=1, warmup=0)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from megallama.config.schema import Config
 from megallama.data.tokenizer import Tokenizer, train_tokenizer
 from megallama.errors import ConfigError, CorruptError
-from megallama.train.build import Trainer, build_trainer
+from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.generate import generate
 from megallama.train.snapshot import Progress, save
-from tests.conftest import MakeConfig, TinyData, hash_of
+from tests.conftest import MakeConfig, TinyData
 from tests.reference import plain, random_weights
 
 
@@ -42,7 +42,7 @@ def test_it_is_the_references_argmax(make_config: MakeConfig, tiny_data: TinyDat
         master.copy_(weights[name])
     trainer.model.state.masters["output"][:259].zero_()  # no </s>, and no bytes: few are text
     folder = config.run.directory / "checkpoints"
-    directory = save(trainer, Progress(), folder, hash_of(tiny_data))
+    directory = save(trainer, Progress(), folder, build_dataset(trainer.config))
     texts = set()
     for prompt in ("the fox", "def x", "", " "):
         for count in (1, 7, 40):  # 40 tokens and the prompt do not fit the sequence of 32
@@ -68,7 +68,7 @@ def chain(make_config: MakeConfig, tiny_data: TinyData, tmp_path: Path) -> Calla
         for direction, (token, successor) in enumerate(successors.items()):
             masters["tok_embeddings"][token, direction] = 1
             masters["output"][successor, direction] = 1
-        return save(trainer, Progress(), tmp_path / "chain", hash_of(tiny_data))
+        return save(trainer, Progress(), tmp_path / "chain", build_dataset(trainer.config))
 
     return make
 
@@ -99,7 +99,7 @@ def test_it_needs_the_tokenizer_of_the_training(
     copy = tmp_path / "tokenizer.model"
     copy.write_bytes(tiny_data.tokenizer.read_bytes())
     with_copy = build_trainer(make_config({"data.tokenizer": str(copy)}))
-    directory = save(with_copy, Progress(), tmp_path, hash_of(tiny_data))
+    directory = save(with_copy, Progress(), tmp_path, build_dataset(with_copy.config))
     generate(directory, "fox", 1)
     train_tokenizer([tiny_data.tokenizer.with_name("prose.jsonl")], 290, copy)
     with pytest.raises(ConfigError, match=r"tokenizer\.model: not the tokenizer"):
@@ -108,7 +108,7 @@ def test_it_needs_the_tokenizer_of_the_training(
     with pytest.raises(ConfigError, match=r"tokenizer\.model: No such file"):
         generate(directory, "fox", 1)
     without = build_trainer(make_config({"data.tokenizer": None}))
-    directory = save(without, Progress(step=1), tmp_path, None)
+    directory = save(without, Progress(step=1), tmp_path, build_dataset(without.config))
     with pytest.raises(ConfigError, match=r"without data\.tokenizer"):
         generate(directory, "fox", 1)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.errors import ConfigError, CorruptError
+from megallama.errors import CorruptError, LostError
 from megallama.train import metrics
 from megallama.train.metrics import MetricsWriter, read_metrics
 
@@ -188,7 +188,7 @@ def test_a_truncation_that_fails_leaves_every_row(
     write_steps(path, range(1, 4))
     with MetricsWriter(path) as writer:
         monkeypatch.setattr(os, "replace", fail)
-        with pytest.raises(ConfigError, match="disk"):
+        with pytest.raises(LostError, match="disk"):
             writer.truncate_after(1)
         writer.write({"step": 4})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]

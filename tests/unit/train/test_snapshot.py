@@ -50,12 +50,14 @@ def test_a_trainer_comes_back_whole(make_config: MakeConfig, tmp_path: Path) -> 
     for step in range(3):
         trainer.step.run(dataset.batch(4 * step, 4), 0.01)
     progress = Progress(step=3, samples=12, tokens=384, updates=3, skipped=1, failures=1)
-    directory = save(trainer, progress, tmp_path, "f" * 32)
+    directory = save(trainer, progress, tmp_path, dataset)
 
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["state"] == vars(progress)
     assert manifest["config"] == config.model_dump(mode="json")
-    assert manifest["tokenizer_hash"] == "f" * 32
+    assert manifest["tokenizer_hash"] == dataset.tokenizer_hash
+    assert manifest["sources"] == dataset.fingerprints
+    assert manifest["sources"].keys() == {"code", "prose"}
     names = {name.partition("/")[2] for name in manifest["tensors"]}
     kinds = {name.partition("/")[0] for name in manifest["tensors"]}
     assert kinds == {"master", "exp_avg", "exp_avg_sq"}
@@ -63,7 +65,7 @@ def test_a_trainer_comes_back_whole(make_config: MakeConfig, tmp_path: Path) -> 
     assert {"tok_embeddings.weight", "layers.1.attention.wk.weight", "norm.weight"} <= names
 
     other = build_trainer(config)
-    assert restore(other, Checkpoint(directory), "f" * 32) == progress
+    assert restore(other, Checkpoint(directory), dataset) == progress
     assert other.optimizer.updates == 3
     assert other.model.state.flat_masters.equal(trainer.model.state.flat_masters)
     for mine, theirs in (
@@ -80,7 +82,7 @@ def test_weights_alone_come_back_in_the_compute_dtype(
     config = make_config({"train.precision": "bf16"})
     trainer = build_trainer(config)
     trainer.model.state.flat_masters.add_(0.1)
-    directory = save(trainer, Progress(), tmp_path, None)
+    directory = save(trainer, Progress(), tmp_path, build_dataset(config))
     model: Llama = build_trainer(config).model
     restore_weights(model, Checkpoint(directory))
     assert model.state.flat_weights.dtype == torch.bfloat16
@@ -212,12 +214,17 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_key(
 ) -> None:
     """What decides the model, the numbers or the order of samples may not change on the way."""
     config = make_config()
-    directory = save(build_trainer(config), Progress(), config.run.directory / "checkpoints", None)
+    directory = save(
+        build_trainer(config),
+        Progress(),
+        config.run.directory / "checkpoints",
+        build_dataset(config),
+    )
     value = OTHER_RUNS.get(key, tiny_mapping["data"]["mixture"][:1])
     other = build_trainer(make_config({key: value}))
     before = other.model.state.flat_masters.clone()
     with pytest.raises(ConfigError, match=rf"^{key}.*trained with") as caught:
-        restore(other, Checkpoint(directory), None)
+        restore(other, Checkpoint(directory), build_dataset(other.config))
     assert str(directory) in str(caught.value)
     assert other.model.state.flat_masters.equal(before)
 
@@ -233,20 +240,19 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_key(
 )
 def test_length_batch_rate_and_logging_may_change(make_config: MakeConfig, changes: dict) -> None:
     config = make_config()
-    directory = save(
-        build_trainer(config), Progress(step=1), config.run.directory / "checkpoints", None
-    )
+    folder = config.run.directory / "checkpoints"
+    directory = save(build_trainer(config), Progress(step=1), folder, build_dataset(config))
     other = build_trainer(make_config(changes))
-    assert restore(other, Checkpoint(directory), None).step == 1
+    assert restore(other, Checkpoint(directory), build_dataset(other.config)).step == 1
 
 
 def test_without_validation_nothing_is_held_out_and_the_number_does_not_matter(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config({"validation.every": 0, "validation.sequences": 5})
-    directory = save(build_trainer(config), Progress(step=1), tmp_path, None)
+    directory = save(build_trainer(config), Progress(step=1), tmp_path, build_dataset(config))
     other = build_trainer(make_config({"validation.every": 0, "validation.sequences": 6}))
-    assert restore(other, Checkpoint(directory), None).step == 1
+    assert restore(other, Checkpoint(directory), build_dataset(other.config)).step == 1
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer(
@@ -316,3 +322,28 @@ def test_a_path_elsewhere_is_refused_where_the_run_has_checkpoints(
         train(second, str(first.run.directory))
     assert train(second, str(second.run.directory)) == 0
     assert train(second) == 0
+
+
+def test_token_files_built_anew_are_refused_and_moved_ones_are_not(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Another count of tokens is another order of samples, whatever the files are called."""
+    config = make_config()
+    assert train(config) == 0
+    source = config.data.mixture[0]
+    moved = tmp_path / "elsewhere" / "corpus"
+    moved.parent.mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{source.path}{suffix}", f"{moved}{suffix}")
+    mixture = [s.model_dump(mode="json") for s in config.data.mixture]
+    mixture[0]["path"] = str(moved)
+    longer = {"data.mixture": mixture, "train.steps": 7}
+    assert train(make_config(longer)) == 0
+
+    text = tmp_path / "other.txt"
+    text.write_text("the quick brown fox\n" * 2000)
+    build([text], config.data.tokenizer, moved)
+    before = {p: p.read_bytes() for p in config.run.directory.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=rf"data source '{source.name}'.*have changed"):
+        train(make_config({**longer, "train.steps": 8}))
+    assert before == {p: p.read_bytes() for p in config.run.directory.rglob("*") if p.is_file()}

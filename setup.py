@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="megallama",
     version="0.1.0",
-    description="Pretrains LLaMA models with 3D parallelism and a hand-written backward pass.",
+    description="Pretrains LLaMA models with a hand-written backward pass.",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megallama", "megallama.*"]),

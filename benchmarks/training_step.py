@@ -14,11 +14,12 @@ is PyTorch's fused kernel everywhere, attention PyTorch's flash kernel.
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import multiprocessing as mp
-import platform
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -88,49 +89,56 @@ CONTENDERS: dict[str, Callable[[], Callable[[], float]]] = {
 
 
 def serve(name: str, pipe: Connection) -> None:
-    """A contender's process: a step and its seconds for every message, until None comes."""
+    """A contender's process: a step, its seconds and the peak memory for every message."""
+    import torch
+
+    from megallama.train.device import peak_memory_bytes
+
     step = CONTENDERS[name]()
-    while pipe.recv() is not None:
+    while pipe.recv():
         began = time.perf_counter()
         step()
         seconds = time.perf_counter() - began
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        pipe.send((seconds, peak_memory_bytes(torch.device("cpu"))))
 
 
 def measure(names: list[str], rounds: int, warmup: int) -> dict[str, Any]:
     """Let the contenders step in turn; return their figures."""
     context = mp.get_context("spawn")
-    pipes, processes = {}, []
+    pipes: dict[str, Connection] = {}
     for name in names:
         pipes[name], end = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, end), daemon=True))
-        processes[-1].start()
+        context.Process(target=serve, args=(name, end), daemon=True).start()
+        end.close()  # so that a contender that dies is an EOFError here and not a wait for ever
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peak = dict.fromkeys(names, 0)
     for turn in range(warmup + rounds):
         for name, pipe in pipes.items():
-            pipe.send(True)
-            took, peak[name] = pipe.recv()
+            try:
+                pipe.send(True)
+                took, peak[name] = pipe.recv()
+            except (EOFError, BrokenPipeError):
+                sys.exit(f"{name} died (its error is above); leave it out with --only")
             if turn >= warmup:
                 seconds[name].append(took)
     for pipe in pipes.values():
-        pipe.send(None)
-    return {name: figures(seconds, name, peak[name]) for name in names}
+        pipe.send(False)
+    return {name: figures(name, seconds, peak[name]) for name in names}
 
 
-def figures(seconds: dict[str, list[float]], name: str, peak: int) -> dict[str, Any]:
-    """One contender's row, with its rate over the first contender's, round by round."""
-    mine = seconds[name]
-    first = next(iter(seconds.values()))
+def figures(name: str, seconds: dict[str, list[float]], peak: int) -> dict[str, Any]:
+    """One contender's row; `megallama_speedup` is the median ratio within a round."""
+    mine, ours = seconds[name], seconds.get("megallama")
     median = statistics.median(mine)
-    return {
+    row = {
         "tokens_per_second": round(BATCH * LENGTH / median, 1),
         "step_seconds": {"min": min(mine), "median": median, "max": max(mine)},
         "peak_memory_bytes": peak,
-        "speed_of_first_over_this": statistics.median(
-            theirs / ours for theirs, ours in zip(mine, first, strict=True)
-        ),
     }
+    if ours:
+        ratios = [their / our for their, our in zip(mine, ours, strict=True)]
+        row["megallama_speedup"] = round(statistics.median(ratios), 3)
+    return row
 
 
 def main() -> None:
@@ -144,17 +152,18 @@ def main() -> None:
 
     results = measure(args.only, args.rounds, args.warmup)
     for name, row in results.items():
+        speedup = row.get("megallama_speedup")
         print(
-            f"{name:22} {row['tokens_per_second']:8.0f} tokens/s  "
-            f"{row['peak_memory_bytes'] / 1e6:6.0f} MB  "
-            f"megallama is {row['speed_of_first_over_this']:.2f} times as fast"
+            f"{name:22} {row['tokens_per_second']:8.0f} tokens/s "
+            f"{row['peak_memory_bytes'] / 1e6:8.0f} MB"
+            + (f"   megallama is {speedup:.2f} times as fast" if speedup else "")
         )
     report = {
-        "command": f"python benchmarks/training_step.py --rounds {args.rounds}",
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/training_step.py", *sys.argv[1:]]),
         "shape": SHAPE | dict(micro_batch=BATCH, sequence_length=LENGTH, precision="bf16"),
         "hardware": processor(),
-        "system": platform.platform(),
-        "versions": versions(),
+        "versions": versions() | {"transformers": importlib.metadata.version("transformers")},
         "contenders": results,
     }
     if args.json:

@@ -25,9 +25,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="megallama", description="Pretrains LLaMA models with 3D parallelism."
-    )
+    parser = argparse.ArgumentParser(prog="megallama", description="Pretrains LLaMA models.")
     parser.add_argument("--version", action="version", version=f"megallama {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():

@@ -109,8 +109,15 @@ ALIASES: tuple[Alias, ...] = (
         "context_parallel_degree expert_parallel_degree",
         "remove it: there is no context or expert parallelism here",
     ),
-    Alias("", "use_distributed_optimizer", "", f"{_ALWAYS}: optimizer state is sharded (ZeRO-1)"),
-    Alias("", "overlap_grad_reduce overlap_param_gather", "", _ALWAYS),
+    Alias(
+        "",
+        "use_distributed_optimizer",
+        "",
+        "remove it: how optimizer state is held follows from the layout",
+    ),
+    Alias(
+        "", "overlap_grad_reduce overlap_param_gather", "", "remove it: parallel.overlap says it"
+    ),
     Alias("optimizer.lr", "", "learning_rate max_lr"),
     Alias("optimizer.min_lr", "", "min_learning_rate"),
     Alias("optimizer.min_lr", "", "min_lr_ratio min_lr_factor", "a rate, not a ratio"),

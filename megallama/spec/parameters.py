@@ -64,12 +64,12 @@ EMBEDDING, FINAL_NORM, OUTPUT = "tok_embeddings", "norm", "output"
 def parameter_table(model: Model) -> tuple[Parameter, ...]:
     """Every parameter, from the embedding to the output projection (absent when it is tied)."""
     d, vocab = model.d_model, model.vocab
-    table = [_linear(EMBEDDING, [(f"{EMBEDDING}.weight", vocab)], d, INIT_STD, 0, None)]
+    table = [_linear(EMBEDDING, {f"{EMBEDDING}.weight": vocab}, d, shard_dim=0)]
     for layer in range(model.layers):
         table += _decoder_layer(model, layer)
-    table.append(_norm(FINAL_NORM, d, None))
+    table.append(_norm(FINAL_NORM, d))
     if not model.tie_embeddings:
-        table.append(_linear(OUTPUT, [(f"{OUTPUT}.weight", vocab)], d, INIT_STD, 0, None))
+        table.append(_linear(OUTPUT, {f"{OUTPUT}.weight": vocab}, d, shard_dim=0))
     return tuple(table)
 
 
@@ -81,42 +81,44 @@ def layer_name(layer: int, name: str) -> str:
 def _decoder_layer(model: Model, layer: int) -> list[Parameter]:
     d, ffn, width = model.d_model, model.ffn, model.head_width
     queries, keys = model.heads * width, model.kv_heads * width
-    attention, feed_forward = layer_name(layer, "attention"), layer_name(layer, "feed_forward")
     # The residual stream sums 2·L branches: their last projections start smaller by √(2·L), so that
     # its variance at the head does not grow with depth (GPT-2's rule, kept by Megatron-LM).
     residual_std = INIT_STD / math.sqrt(2 * model.layers)
-    qkv = [(f"{attention}.{n}.weight", r) for n, r in (("wq", queries), ("wk", keys), ("wv", keys))]
-    w13 = [(f"{feed_forward}.{n}.weight", ffn) for n in ("w1", "w3")]
+
+    def named(name: str) -> str:
+        return layer_name(layer, name)
+
+    def part(module: str, name: str) -> str:
+        return f"{named(module)}.{name}.weight"
+
+    qkv = {
+        part("attention", name): rows
+        for name, rows in (("wq", queries), ("wk", keys), ("wv", keys))
+    }
+    w13 = {part("feed_forward", name): ffn for name in ("w1", "w3")}
+    wo, w2 = {part("attention", "wo"): d}, {part("feed_forward", "w2"): d}
     return [
-        _norm(layer_name(layer, "attention_norm"), d, layer),
-        _linear(layer_name(layer, "wqkv"), qkv, d, INIT_STD, 0, layer),
-        _linear(
-            layer_name(layer, "wo"),
-            [(f"{attention}.wo.weight", d)],
-            queries,
-            residual_std,
-            1,
-            layer,
-        ),
-        _norm(layer_name(layer, "ffn_norm"), d, layer),
-        _linear(layer_name(layer, "w13"), w13, d, INIT_STD, 0, layer),
-        _linear(
-            layer_name(layer, "w2"), [(f"{feed_forward}.w2.weight", d)], ffn, residual_std, 1, layer
-        ),
+        _norm(named("attention_norm"), d, layer),
+        _linear(named("wqkv"), qkv, d, shard_dim=0, layer=layer),
+        _linear(named("wo"), wo, queries, shard_dim=1, layer=layer, std=residual_std),
+        _norm(named("ffn_norm"), d, layer),
+        _linear(named("w13"), w13, d, shard_dim=0, layer=layer),
+        _linear(named("w2"), w2, ffn, shard_dim=1, layer=layer, std=residual_std),
     ]
 
 
 def _linear(
     name: str,
-    rows: list[tuple[str, int]],
+    rows: dict[str, int],
     columns: int,
-    std: float,
+    *,
     shard_dim: Literal[0, 1],
-    layer: int | None,
+    layer: int | None = None,
+    std: float = INIT_STD,
 ) -> Parameter:
-    parts = tuple(Part(part, (count, columns), std) for part, count in rows)
+    parts = tuple(Part(part, (count, columns), std) for part, count in rows.items())
     return Parameter(name, parts, shard_dim, layer)
 
 
-def _norm(name: str, width: int, layer: int | None) -> Parameter:
+def _norm(name: str, width: int, layer: int | None = None) -> Parameter:
     return Parameter(name, (Part(f"{name}.weight", (width,), None),), None, layer)

@@ -16,6 +16,7 @@ from megallama.data.tokenizer import Tokenizer
 from megallama.errors import ConfigError
 from megallama.train.build import build_model
 from megallama.train.device import choose_device
+from megallama.train.host import read_back
 from megallama.train.snapshot import find_checkpoint, restore_weights
 
 
@@ -44,7 +45,8 @@ def generate(path: Path, prompt: str, count: int) -> str:
         window = torch.tensor(tokens[-config.train.sequence_length :], device=device)
         logits_TV = drive(model.logits(window, model.positions([[len(window)]])))
         # Ids beyond the tokenizer's are padding of the vocabulary and mean nothing.
-        token = int(logits_TV[-1, : tokenizer.vocab_size].argmax())
+        likeliest = logits_TV[-1:, : tokenizer.vocab_size].argmax(1)
+        token = int(read_back(likeliest)[0][0])
         if token == tokenizer.eos:
             break
         tokens.append(token)

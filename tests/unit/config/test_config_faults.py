@@ -148,7 +148,7 @@ def test_all_faults_at_once(faults):
         ),
         (
             "optimizer.use_distributed_optimizer",
-            "always on, remove it: optimizer state is sharded (ZeRO-1)",
+            "remove it: how optimizer state is held follows from the layout",
         ),
         ("train.every", "use validation.every or checkpoint.every or log.every"),
         ("model.layrs", "use model.layers"),

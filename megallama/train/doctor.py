@@ -44,7 +44,10 @@ def findings() -> Iterator[str]:
     """One line for each thing looked at."""
     yield ", ".join(f"{name} {version}" for name, version in versions().items())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield f"device: {device_name(device)} ({device.type}), {os.cpu_count()} CPU cores"
+    cpu = processor()
+    yield f"processor: {cpu['model']}, {cpu['threads']} threads, bf16 units: {cpu['bf16_units']}"
+    if device.type == "cuda":
+        yield f"GPU: {device_name(device)}, {torch.cuda.device_count()} of them"
     if bf16_is_emulated(device):
         yield "bf16: emulated, many times slower than fp32; train with train.precision=fp32"
     else:

@@ -6,6 +6,7 @@ from megallama.config.schema import Config
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import EXIT_DONE
 from megallama.spec.memory import held_bytes
+from megallama.spec.parameters import parameter_table
 from megallama.train.build import build_dataset
 from megallama.train.device import choose_device
 
@@ -28,6 +29,8 @@ def dry_run(config: Config) -> int:
     if config.data.tokenizer:
         text = Tokenizer(config.data.tokenizer).decode(batch.tokens_NS[0].tolist())
         print(f"first sample: {text[:200]!r}")
+    parameters = sum(parameter.numel for parameter in parameter_table(config.model))
+    print(f"parameters: {parameters:,}")
     sizes = held_bytes(config)
     for name, size in sizes.items():
         print(f"{name}: {size / MIB:,.1f} MiB")

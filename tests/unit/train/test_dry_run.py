@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megallama.train.build import build_dataset, build_trainer
 from megallama.train.dry_run import dry_run
 from megallama.train.step import TrainStep
 from tests.conftest import MakeConfig
+from tests.reference import parameter_shapes
 
 
 def test_it_shows_the_run_and_writes_nothing(
@@ -28,6 +30,8 @@ def test_it_shows_the_run_and_writes_nothing(
     assert dry_run(config) == 0
     out = capsys.readouterr().out
     assert "6 steps, 768 tokens" in out
+    parameters = sum(math.prod(s) for s in parameter_shapes(config.model).values())
+    assert f"parameters: {parameters:,}\n" in out
     assert not config.run.root.exists()
     dataset = build_dataset(config)
     for name, epochs in dataset.order.epochs(24).items():

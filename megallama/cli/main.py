@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megallama import __version__
-from megallama.errors import EXIT_INTERRUPTED, UserError
+from megallama.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, UserError
 
 #: Subcommand → what `megallama --help` says of it.
 COMMANDS = {
@@ -22,10 +24,33 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are errors like any other: one line, exit code 78."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="megallama", description="Pretrains LLaMA models.")
+    try:
+        args = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"megallama: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("megallama: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has enough, `head` for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="megallama", description="Pretrains LLaMA models.")
     parser.add_argument("--version", action="version", version=f"megallama {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
@@ -39,12 +64,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse ends CONFIG's overrides at the first option; they may go on after it
         args.overrides += rest
-    try:
-        code: int = args.run(args)
-        return code
-    except UserError as error:
-        print(f"megallama: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("megallama: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return args

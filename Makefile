@@ -3,7 +3,8 @@
 # make install   .venv with the `megallama` command
 # make bench-cpu compare a training step with Hugging Face's, in one run
 
-RUN := runs/demo
+# The paths of configs/cpu-tiny.yaml.
+override RUN := runs/demo
 DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 

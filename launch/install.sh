@@ -2,6 +2,7 @@
 # Makes .venv with the `megallama` command. Arguments: extras to install, such as `test`.
 # Safe to run again: whatever an interrupted run left is completed.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 extras=${1:+[$1]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -37,10 +37,16 @@ def refuse_os_errors(verb: str, path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that takes the name `path` only once the block has ended without an error.
 
+    A link is followed, and a device or pipe is written to: neither is replaced by a file.
     Raises ConfigError where the system refuses.
     """
+    path = path.resolve()
     partial = partial_path(path)
     with refuse_os_errors("write", path):
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
@@ -51,6 +57,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
             raise
         sync_path(path.parent)
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raises ConfigError where a command would write over what it reads."""
+    read = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in read:
+            raise ConfigError(f"{path}: is read and would be written over; name another output")
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -45,7 +45,14 @@ def _build(args: argparse.Namespace) -> int:
 
     from megallama.data.build import build
     from megallama.data.documents import check_inputs
+    from megallama.data.token_files import with_suffix
+    from megallama.files import refuse_overwriting
 
+    reads = [*args.input, args.tokenizer]
+    writes = [with_suffix(args.out, suffix) for suffix in (".bin", ".idx", ".json")]
+    refuse_overwriting(writes, reads)
+    if args.json is not None:
+        refuse_overwriting([args.json], reads + writes)
     began = time.monotonic()
     with _progress_bar(check_inputs(args.input)) as progress:
         report = build(
@@ -69,11 +76,16 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from megallama.data.token_files import TokenFile, require_document
+    from megallama.data.token_files import TokenFile, require_document, with_suffix
     from megallama.data.tokenizer import Tokenizer
     from megallama.data.verify import check_tokenizer, verify
+    from megallama.files import refuse_overwriting
 
     file = TokenFile(args.prefix)
+    if args.json is not None:
+        refuse_overwriting(
+            [args.json], [with_suffix(args.prefix, suffix) for suffix in (".bin", ".idx", ".json")]
+        )
     tokenizer = None if args.tokenizer is None else Tokenizer(args.tokenizer)
     if tokenizer is not None:
         check_tokenizer(file, tokenizer)

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains the tokenizer and says what it became. Raises UserError."""
     from megallama.data.tokenizer import train_tokenizer
+    from megallama.files import refuse_overwriting
 
+    refuse_overwriting([args.out], args.input)
     tokenizer = train_tokenizer(args.input, args.vocab_size, args.out, args.text_field)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, hash {tokenizer.hash}")
     return 0

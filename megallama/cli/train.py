@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
         from megallama.train.dry_run import dry_run
 
         return dry_run(config)
-    from megallama.train.job import train
+    from megallama.train.signals import StopSignals
 
-    return train(config, args.resume)
+    with StopSignals() as stop:  # before torch, which takes seconds to import
+        from megallama.train.job import train
+
+        return train(config, args.resume, stop)

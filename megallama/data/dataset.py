@@ -13,8 +13,13 @@ import numpy as np
 
 from megallama.data.order import Phase, SampleOrder
 from megallama.data.token_files import IntArray, TokenFile, check_vocab
+from megallama.data.verify import verify
 from megallama.errors import ConfigError
 from megallama.spec.labels import IGNORE
+
+#: Token files up to this size are read and verified whole at every start, in under a second;
+#: larger ones by `megallama data inspect`.
+VERIFY_BYTES = 64 << 20
 
 Weight = str | float | int
 SourcePhase = tuple[int | None, Sequence[tuple[str, str | Path, Weight]]]
@@ -60,6 +65,9 @@ class Dataset:
         files = {name: TokenFile(path) for name, path in paths.items()}
         _check_vocabularies(files, vocab)
         _check_tokenizers(files, tokenizer_hash)
+        for file in files.values():
+            if file.bytes_on_disk <= VERIFY_BYTES:
+                verify(file)
         self.order = SampleOrder(
             {name: file.tokens for name, file in files.items()},
             [Phase(until, {name: w for name, _, w in sources}) for until, sources in phases],

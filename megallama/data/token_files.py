@@ -152,6 +152,11 @@ class TokenFile:
         return np.array(starts, np.int64)
 
     @property
+    def bytes_on_disk(self) -> int:
+        """The size of PREFIX.bin."""
+        return self.index.bin_bytes
+
+    @property
     def fingerprint(self) -> str:
         """What tells this build from another: its count of tokens, and the sidecar's hashes."""
         hashes = "".join((*self.sidecar.xxh3_bin, *self.sidecar.xxh3_idx)) if self.sidecar else ""

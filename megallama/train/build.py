@@ -82,7 +82,15 @@ def build_dataset(config: Config) -> Dataset:
         (phase.until_tokens, [(s.name, s.path, s.weight) for s in phase.mixture])
         for phase in data.all_phases
     ]
-    tokenizer_hash = Tokenizer(data.tokenizer).hash if data.tokenizer else None
+    tokenizer_hash = None
+    if data.tokenizer:
+        tokenizer = Tokenizer(data.tokenizer)
+        tokenizer_hash = tokenizer.hash
+        if tokenizer.vocab_size > config.model.vocab:
+            raise ConfigError(
+                f"model.vocab={config.model.vocab}: {data.tokenizer} has {tokenizer.vocab_size} "
+                "tokens; raise model.vocab to that or more"
+            )
     dataset = Dataset(
         phases,
         config.train.sequence_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from megallama.config.load import config_to_yaml
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError
-from megallama.files import write_atomic
+from megallama.files import refuse_os_errors, write_atomic
 from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.console import Console
 from megallama.train.device import bf16_is_emulated
@@ -20,16 +21,16 @@ from megallama.train.signals import StopSignals
 from megallama.train.snapshot import Progress, find_checkpoint, newest_intact, restore
 
 
-def train(config: Config, resume: str = "auto") -> int:
+def train(config: Config, resume: str = "auto", stop: StopSignals | None = None) -> int:
     """Train and return the exit code: 0 done, 75 or 130 stopped after saving.
 
     `resume` is `auto` (the run's newest intact checkpoint, or a new run), `none` (a new run) or the
-    path of a checkpoint or run directory.
+    path of a checkpoint or run directory. A caller that listens for signals already gives `stop`.
 
     Raises:
         UserError: the config, the data or the checkpoint cannot be used.
     """
-    with StopSignals() as stop:
+    with nullcontext(stop) if stop else StopSignals() as stop:
         dataset = build_dataset(config)
         with Console(config.train.total_steps, config.log.every) as console:
             trainer = build_trainer(config)
@@ -49,8 +50,11 @@ def _start(
     if checkpoint:
         progress = restore(trainer, checkpoint, dataset)
         console.message(f"resumed from {checkpoint.directory}")
-    path = trainer.config.run.directory / "config.yaml"
-    write_atomic(path, config_to_yaml(trainer.config).encode())
+    directory = trainer.config.run.directory
+    write_atomic(directory / "config.yaml", config_to_yaml(trainer.config).encode())
+    folder = directory / "checkpoints"
+    with refuse_os_errors("write", folder):  # now, rather than after hours of training
+        folder.mkdir(exist_ok=True)
     return progress
 
 

@@ -46,16 +46,18 @@ class Loop:
         self.total_steps = self.config.train.total_steps
 
     def run(self, stop: StopSignals) -> int:
-        """Train; return the exit code. Whatever ends the loop, the last step is saved.
+        """Train; return the exit code. Whatever ends the loop, the last sound step is saved.
 
         Raises:
-            DivergedError: ten steps in a row were not finite; nothing is saved then.
+            DivergedError: ten steps in a row, or the run's last, were not finite.
         """
         with ExitStack() as stack:
             self.metrics = stack.enter_context(self._metrics())
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
             code = self._steps(stop)
+            if code == EXIT_DONE and self.progress.failures:
+                raise self._diverged("the last of the run")
             self._save()
         return code
 
@@ -115,10 +117,13 @@ class Loop:
         if result.fault is not None:
             progress.failures += 1
         if progress.failures >= MOST_FAILURES:
-            raise DivergedError(
-                f"step {progress.step}: {MOST_FAILURES} steps in a row were not finite "
-                f"({reason}); resume from the last checkpoint with a lower optimizer.lr"
-            )
+            raise self._diverged(reason)
+
+    def _diverged(self, reason: str) -> DivergedError:
+        return DivergedError(
+            f"step {self.progress.step}: {self.progress.failures} steps in a row were not finite "
+            f"({reason}); resume from the last checkpoint with a lower optimizer.lr"
+        )
 
     def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
         progress = self.progress
@@ -154,7 +159,14 @@ class Loop:
         self.console.validation(row)
 
     def _save(self) -> None:
-        """Save this step, unless it is the one saved or resumed from last."""
+        """Save this step, unless it is the one saved or resumed from last.
+
+        In a stretch of steps that were not finite the weights may be the reason. They are not worth
+        the older checkpoint that they would push out; a resumed run takes these steps again.
+        """
+        if self.progress.failures:
+            self.console.message(f"step {self.progress.step} is not saved: it was not finite")
+            return
         folder = self.directory / "checkpoints"
         if checkpoint_path(folder, self.progress.step).resolve() != self.newest:
             path = save(self.trainer, self.progress, folder, self.dataset)

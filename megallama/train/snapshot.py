@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megallama.checkpoint.manifest import Manifest
+from megallama.checkpoint.manifest import MANIFEST, Manifest
 from megallama.checkpoint.store import (
     Checkpoint,
     checkpoint_path,
@@ -110,6 +110,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: its own directory, or a run's, whose newest is meant."""
     if committed := committed_checkpoints(path / "checkpoints"):
         return Checkpoint(committed[-1])
+    if path.is_dir() and not (path / MANIFEST).exists():
+        raise ConfigError(f"{path}: neither a checkpoint nor a run with one; check the path")
     return Checkpoint(path)
 
 

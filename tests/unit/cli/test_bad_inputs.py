@@ -57,7 +57,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "name": ({"run.name": "../up"}, "run.name=../up: is not a name"),
     "tensor": ({"parallel.tensor": 2}, "parallel.tensor=2: this version runs one process"),
     "no data": ({"data": None}, "data.mixture: "),
-    "vocabulary": ({"model.vocab": 256}, "its tokenizer has 300 tokens"),
+    "vocabulary": ({"model.vocab": 256}, "model.vocab=256: "),
     "too small": ({"train.sequence_length": 10_000}, "'code' has "),
     "held out": ({"validation.sequences": 10_000}, "'code' has "),
     "no tokenizer": ({"data.tokenizer": "nowhere.model"}, "nowhere.model: No such file"),
@@ -249,7 +249,7 @@ def test_generate(
         line = refused(78, "generate", run, "--prompt", "x", "--tokens", count)
         assert f"--tokens {count}" in line
     assert "nowhere" in refused(78, "generate", tmp_path / "nowhere", "--prompt", "x")
-    assert "no manifest" in refused(65, "generate", tmp_path, "--prompt", "x")
+    assert "neither a checkpoint" in refused(78, "generate", tmp_path, "--prompt", "x")
     train_tokenizer([tiny_data.tokenizer.with_name("prose.jsonl")], 290, tokenizer)
     assert "not the tokenizer" in refused(78, "generate", run, "--prompt", "x")
 

@@ -49,3 +49,21 @@ def test_from_text_to_tokens_and_back(
     Path(f"{out}.bin").write_bytes(raw)
     with pytest.raises(CorruptError, match=r"out\.bin: block 0 \(bytes 0 to"):
         call(data, "inspect", out)
+
+
+def test_no_command_writes_over_what_it_reads(corpus: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "t.model", tmp_path / "out"
+    train = ("train", "--input", corpus, "--vocab-size", 350, "--out")
+    build = ("build", "--input", corpus, "--tokenizer", model, "--workers", 1, "--out")
+    assert call(tokenizer, *train, model) == 0
+    assert call(data, *build, out) == 0
+    before = {path: path.read_bytes() for path in (corpus, model, *tmp_path.glob("out.*"))}
+    for module, command in (
+        (tokenizer, (*train, corpus)),
+        (data, (*build, out, "--json", corpus)),
+        (data, (*build, out, "--json", f"{out}.json")),
+        (data, ("inspect", out, "--json", f"{out}.idx")),
+    ):
+        with pytest.raises(ConfigError, match="name another output"):
+            call(module, *command)
+    assert {path: path.read_bytes() for path in before} == before

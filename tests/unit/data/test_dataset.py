@@ -87,6 +87,9 @@ def test_a_token_past_the_vocabulary_is_named(make_file: MakeFile) -> None:
     with open(f"{prefix}.bin", "r+b") as file:
         file.seek(2 * 3)
         file.write(b"\x64\0")  # token 100 at offset 3
+    with pytest.raises(CorruptError, match=r"tokens\.bin: block 0 .* is damaged"):
+        dataset(prefix)  # small enough to be verified whole
+    Path(f"{prefix}.json").unlink()  # a file of Megatron's own has no hashes
     data = dataset(prefix)
     with pytest.raises(CorruptError, match=r"tokens\.bin: token 100 at offset 3 is outside"):
         data.batch(0, 2)

@@ -58,7 +58,7 @@ def test_its_memory_is_that_of_the_buffers(
     "changes, words",
     [
         ({"data": None}, "data.mixture"),
-        ({"model.vocab": 256}, "vocabulary"),
+        ({"model.vocab": 256}, "has 300 tokens"),
         ({"train.sequence_length": 10_000}, "tokens"),
         ({"data.tokenizer": "nowhere.model"}, "nowhere.model"),
     ],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megallama.config.schema import Config
 from megallama.data.tokenizer import Tokenizer, train_tokenizer
-from megallama.errors import ConfigError, CorruptError
+from megallama.errors import ConfigError
 from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.generate import generate
 from megallama.train.snapshot import Progress, save
@@ -116,5 +116,5 @@ def test_it_needs_the_tokenizer_of_the_training(
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere: no such checkpoint"):
         generate(tmp_path / "nowhere", "fox", 1)
-    with pytest.raises(CorruptError, match=r"no manifest\.json"):
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
         generate(tmp_path, "fox", 1)

@@ -26,6 +26,8 @@ _WORDING = {
         "is not a name",
         "use letters, digits, dots, dashes and underscores, a letter or digit first",
     ),
+    "string_too_long": ("is too long", "give at most {max_length} characters"),
+    "nul": ("holds a NUL character", "remove it"),
     "literal_error": ("is not a choice", "use {expected}"),
     "greater_than": ("is too small", "give a value above {gt:g}"),
     "greater_than_equal": ("is too small", "give {ge:g} or more"),
@@ -55,8 +57,16 @@ def at(key: str, value: object) -> str:
         dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
     except yaml.YAMLError:  # not a YAML type: the caller made the mapping in Python
         dumped = str(value)
-    text = " ".join(dumped.removesuffix("...\n").split())
-    return f"{key}={text if len(text) <= _SHOWN else text[: _SHOWN - 3] + '...'}"
+    except (ValueError, RecursionError):  # an endless integer, brackets too deep
+        dumped = "..."
+    dumped = dumped.removesuffix("...\n")
+    return f"{key}={shorten(dumped)}"
+
+
+def shorten(text: str) -> str:
+    """`text` on one line, cut where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def explain(error: ValidationError) -> list[Fault]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from megallama.config.presets import PRESETS, Preset
 
@@ -45,16 +47,29 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _no_nul(path: Path) -> Path:
+    """No file system holds such a path, and Python refuses it with a ValueError."""
+    if "\0" in str(path):
+        raise PydanticCustomError("nul", "holds a NUL character")
+    return path
+
+
+# No run counts so far, and products of a few such counts still have a float.
+COUNT_LIMIT = 10**15
+
 # Strict: pydantic would otherwise take `yes` for 1, 2.0 for 2 and "4" for 4.
-Count = Annotated[int, Field(strict=True, gt=0)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
-Tokens = Annotated[int, BeforeValidator(_whole), Field(strict=True, gt=0)]
+Count = Annotated[int, Field(strict=True, gt=0, lt=COUNT_LIMIT)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, lt=COUNT_LIMIT)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Tokens = Annotated[int, BeforeValidator(_whole), Field(strict=True, gt=0, lt=COUNT_LIMIT)]
 Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# A name is a file's too, with a suffix: file systems take 255 bytes.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+Place = Annotated[Path, AfterValidator(_no_nul)]
 
 
 class Strict(BaseModel):
@@ -80,9 +95,9 @@ class Section(Strict):
 class Run(Section):
     name: Name
     """Name of the run and of its directory. Default: the config file's name without its suffix."""
-    root: Path = Path("runs")
+    root: Place = Path("runs")
     """The folder that holds the run directories."""
-    seed: CountOrZero = 1234
+    seed: Seed = 1234
     """Decides initial weights and data order, at any layout."""
 
     @property
@@ -210,7 +225,7 @@ class Optimizer(Section):
 class Source(Strict):
     name: Name
     """Name of the source in logs and metrics."""
-    path: Path
+    path: Place
     """PREFIX of the source's token files, PREFIX.bin and PREFIX.idx."""
     weight: Positive
     """Share of the tokens, relative to the other weights of the mixture."""
@@ -224,7 +239,7 @@ class Phase(Strict):
 
 
 class Data(Section):
-    tokenizer: Path | None = None
+    tokenizer: Place | None = None
     """Tokenizer file."""
     mixture: tuple[Source, ...] = ()
     """Sources of the whole run. Give this or phases, or neither (synthetic data, for bench)."""

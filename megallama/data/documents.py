@@ -92,6 +92,8 @@ def decode_documents(chunk: Chunk, text_field: str) -> Iterator[str]:
             yield _utf8(item, place, 0)
         else:
             line = _utf8(item or b"", f"{chunk.path}: line {number}", offset)
+            if number == 1:
+                line = line.removeprefix("\ufeff")  # the byte order mark that Windows writes
             if line.strip():
                 yield _json_text(line, f"{chunk.path}: line {number}", text_field)
         offset += len(item or b"")

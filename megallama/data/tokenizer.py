@@ -22,6 +22,8 @@ from megallama.files import atomic_write, refuse_os_errors
 SPACE_MARK = "\u2581"
 ENCODE_CHARACTERS = 1 << 14  # texts are encoded in pieces of about this size: see `encode`
 LINE_CHARACTERS = 1000  # at most 4,000 bytes; the trainer drops lines over 4,192 bytes
+SMALLEST_VOCAB = 256 + 3  # the bytes, <unk>, <s> and </s>
+LARGEST_VOCAB = 2**31 - 1  # SentencePiece's int
 MAX_LINES = 10_000_000  # the trainer holds its lines in memory; of more it keeps a fair sample
 
 # LLaMA's (Touvron et al. 2023, section 2.1, and the settings recorded in its tokenizer.model).
@@ -71,7 +73,9 @@ class Tokenizer:
 
         A long text is cut before words. No token spans the border between a word and the space
         after it, so the ids are the same as those of the whole, and memory stays bounded.
+        Raises ConfigError for half a surrogate pair, as bytes that are no UTF-8 become in argv.
         """
+        _check_unicode(text)
         if len(text) <= ENCODE_CHARACTERS or not self._can_cut:
             return self._model.encode(text)
         ids: list[int] = []
@@ -97,6 +101,18 @@ class Tokenizer:
         return spaces_open and "".join(as_pieces) == SPACE_MARK + probe.replace(" ", SPACE_MARK)
 
 
+def _check_unicode(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ConfigError(
+            f"not UTF-8 text: it holds \\u{code:04x} at character {error.start}; give it as UTF-8"
+        ) from None
+
+
 def _cut_before_words(text: str) -> Iterator[str]:
     """Cuts `text` at single spaces, which it drops: encoding puts one before every piece."""
     start, last = 0, len(text) - 1  # no cut before an empty rest, which would lose its space
@@ -119,8 +135,7 @@ def train_tokenizer(
     Raises ConfigError where the corpus cannot fill `vocab_size` or needs more, and the errors of
     `decode_documents`. The same inputs give the same file, byte for byte.
     """
-    if vocab_size < 1:
-        raise ConfigError(f"--vocab-size {vocab_size} is not positive")
+    _check_vocab_size(vocab_size)
     lines = _TrainingLines(_texts(inputs, text_field))
     model = io.BytesIO()
     try:
@@ -143,6 +158,19 @@ def train_tokenizer(
     with atomic_write(out) as file:
         file.write(model.getvalue())
     return Tokenizer(out)
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    """What no corpus can mend: SentencePiece names its own sources for these."""
+    if vocab_size < 1:
+        raise ConfigError(f"--vocab-size {vocab_size} is not positive")
+    if vocab_size < SMALLEST_VOCAB:
+        raise ConfigError(
+            f"--vocab-size {vocab_size} is too small: "
+            f"the 256 bytes and 3 special tokens alone need {SMALLEST_VOCAB}"
+        )
+    if vocab_size > LARGEST_VOCAB:
+        raise ConfigError(f"--vocab-size {vocab_size} is too large: give at most {LARGEST_VOCAB}")
 
 
 class _TrainingLines:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megallama.config.schema import COUNT_LIMIT
 from megallama.errors import CorruptError
 from megallama.files import write_atomic
 
@@ -51,7 +52,7 @@ class MetricsWriter:
         """
         kept, dropped = [], 0
         for line, row in _scan(self.path):
-            if row.get("step", step) > step:
+            if row["step"] > step:
                 dropped += 1
             else:
                 kept.append(line)
@@ -86,8 +87,8 @@ class MetricsWriter:
 def read_metrics(path: Path | str) -> list[Row]:
     """The rows of metrics.jsonl in file order; a torn last line is passed over.
 
-    Raises CorruptError where another line is not a JSON object, OSError where the file cannot be
-    read.
+    Raises CorruptError where another line is not a JSON object with a whole number as its step,
+    OSError where the file cannot be read.
     """
     return [row for _, row in _scan(Path(path))]
 
@@ -121,16 +122,18 @@ def _scan(path: Path) -> Iterator[tuple[bytes, Row]]:
                 yield line if line.endswith(b"\n") else line + b"\n", row
             elif line.endswith(b"\n"):
                 raise CorruptError(
-                    f"{path}, line {number} is not a JSON object: delete that line to go on"
+                    f"{path}, line {number} is not a JSON object with a whole number as its step: "
+                    "delete that line to go on"
                 )
 
 
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and 0 <= step < COUNT_LIMIT else None
 
 
 def _mend_tail(fd: int) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from megallama.config.schema import Model
+from megallama.config.load import read_yaml
+from megallama.config.schema import Data, Model, Source
 from megallama.errors import ConfigError
 from megallama.spec.parameters import parameter_table
 from megallama.train.metrics import Row, read_metrics
+
+LARGEST = 1e30  # a figure beyond it was written by hand, and its square may not be drawn
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ def read_run(run_dir: Path) -> RunRecord:
         raise ConfigError(f"{path} has no step yet: wait for the first step, then report again")
     config = _read_config(run_dir / "config.yaml")
     return RunRecord(
-        name=str(_section(config, "run").get("name") or run_dir.resolve().name),
+        name=_text(_section(config, "run").get("name") or run_dir.resolve().name),
         steps=steps,
         validations=_latest(row for row in rows if "validation_loss" in row),
         model=_section(config, "model"),
-        entropy=unigram_entropy(_section(config, "data"), steps[-1].get("tokens") or 0),
+        entropy=unigram_entropy(_section(config, "data"), int(_figure(steps[-1], "tokens") or 0)),
     )
 
 
@@ -59,13 +61,18 @@ def summarise(run: RunRecord) -> dict[str, Any]:
     last = run.steps[-1]
     losses = [row["loss"] for row in run.steps if _known(row["loss"])]
     validation = run.validations[-1] if run.validations else {}
+    per_source = validation.get("validation_loss_per_source")
     return {
         "name": run.name,
         "steps": last["step"],
-        "tokens": last.get("tokens"),
+        "tokens": _figure(last, "tokens"),
         "final_loss": losses[-1] if losses else None,
-        "validation_loss": validation.get("validation_loss"),
-        "validation_loss_per_source": validation.get("validation_loss_per_source"),
+        "validation_loss": _figure(validation, "validation_loss"),
+        "validation_loss_per_source": (
+            {_text(name): loss for name, loss in per_source.items() if _known(loss)}
+            if isinstance(per_source, dict)
+            else None
+        ),
         "unigram_entropy_nats": run.entropy,
         "median_tokens_per_second": median(run.steps, "tokens_per_second"),
         "median_tokens_per_second_per_gpu": median(run.steps, "tokens_per_second_per_gpu"),
@@ -84,14 +91,17 @@ def unigram_entropy(data: Mapping[str, Any], tokens: int) -> float | None:
     """Mean of the sources' unigram entropies, weighted as the first `tokens` tokens drew on them.
 
     Each source's figure is `unigram_entropy_nats` of the JSON file PATH.json. None where a source
-    has none.
+    has none, or where the section has been edited into no mixture.
     """
-    phases = data.get("phases") or [{"mixture": data.get("mixture") or []}]
+    try:
+        phases = Data.model_validate(data).all_phases
+    except ValueError:
+        return None
     total, start = 0.0, 0
     for phase in phases:
-        end = min(int(phase.get("until_tokens") or tokens), tokens)
+        end = min(phase.until_tokens or tokens, tokens)
         share = (end - start) / tokens if tokens else 1.0
-        mean = _mixture_entropy(phase.get("mixture") or [])
+        mean = _mixture_entropy(phase.mixture)
         if mean is None:
             return None
         total += share * mean
@@ -110,8 +120,8 @@ def count_parameters(model: Mapping[str, Any]) -> int | None:
 
 
 def column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values); a null is a gap, NaN."""
-    values = [row.get(name) for row in rows]
+    """(steps, values); what is no figure is a gap, NaN."""
+    values = [_figure(row, name) for row in rows]
     return (
         np.array([row["step"] for row in rows]),
         np.array([math.nan if value is None else value for value in values], dtype=float),
@@ -120,19 +130,19 @@ def column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _latest(rows: Iterator[Row]) -> list[Row]:
     """By step, the last written of each: a resumed run may have written a step twice."""
-    by_step = {int(row["step"]): row for row in rows}
+    by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     """The config, or nothing where there is none: the metrics alone make a report too."""
-    try:
-        config = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML ({reason}): mend it or move it away") from error
+    config = read_yaml(path)
+    try:
+        config = json.loads(json.dumps(config, default=str, skipkeys=True))
+    except (ValueError, RecursionError):  # it holds itself, or an endless number
+        raise ConfigError(f"{path} is no config: mend it or move it away") from None
     return config if isinstance(config, dict) else {}
 
 
@@ -141,17 +151,17 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _mixture_entropy(mixture: Sequence[Mapping[str, Any]]) -> float | None:
-    weights, entropies = [], []
+def _mixture_entropy(mixture: Sequence[Source]) -> float | None:
+    entropies = []
     for source in mixture:
         try:
-            prefix = Path(source["path"])
-            sidecar = json.loads(prefix.with_name(f"{prefix.name}.json").read_text())
-            entropies.append(float(sidecar["unigram_entropy_nats"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            sidecar = source.path.with_name(f"{source.path.name}.json").read_text()
+            entropies.append(json.loads(sidecar)["unigram_entropy_nats"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        weights.append(float(source.get("weight", 1)))
-    return float(np.average(entropies, weights=weights)) if weights else None
+    if not all(map(_known, entropies)):
+        return None
+    return float(np.average(entropies, weights=[source.weight for source in mixture]))
 
 
 def median(rows: Sequence[Row], name: str) -> float | None:
@@ -161,9 +171,20 @@ def median(rows: Sequence[Row], name: str) -> float | None:
 
 
 def _known(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
+    """Whether it is a number that can be drawn: a row may have been edited by hand."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _figure(row: Row, name: str) -> Any:
+    value = row.get(name)
+    return value if _known(value) else None
+
+
+def _text(value: object) -> str:
+    """As text that a page and a picture can hold: half a surrogate pair and NUL become `?`."""
+    return str(value).replace("\0", "?").encode(errors="replace").decode()
 
 
 def shape_words(model: Mapping[str, Any]) -> str:
     names = {"layers": "layers", "d_model": "wide", "heads": "heads", "vocab": "vocabulary"}
-    return ", ".join(f"{model[key]} {word}" for key, word in names.items() if model.get(key))
+    return ", ".join(f"{_text(model[key])} {word}" for key, word in names.items() if model.get(key))

@@ -59,6 +59,25 @@ TEXT = "write text, in quotes where YAML reads it as something else"
         ("log", 3, "log=3: is not a mapping; write its keys as `key: value`"),
         ("log", [], "log=[]: is not a mapping; write its keys as `key: value`"),
         ("train.tokens", 1.5, f"train.tokens=1.5: {WHOLE}"),
+        ("train.tokens", 2**62, f"train.tokens={2**62}: is too large; give a value below 1e+15"),
+        ("train.steps", 2**62, f"train.steps={2**62}: is too large; give a value below 1e+15"),
+        ("log.every", 10**15, f"log.every={10**15}: is too large; give a value below 1e+15"),
+        ("validation.every", 10**400, "validation.every=1000"),
+        ("run.seed", 2**63, f"run.seed={2**63}: is too large; give a value below "),
+        ("optimizer.lr", 10**400, "optimizer.lr=1000"),
+        ("run.name", "a" * 201, f"run.name={'a' * 57}...: is too long; give at most 200 char"),
+        ("run.root", "a\0b", 'run.root="a\\0b": holds a NUL character; remove it'),
+        ("data.tokenizer", "\0", 'data.tokenizer="\\0": holds a NUL character; remove it'),
+        (
+            "data.mixture",
+            [{"name": "a", "path": "\0", "weight": 1}],
+            'data.mixture.0.path="\\0": holds a NUL character; remove it',
+        ),
+        (
+            "data.mixture",
+            [{"name": "a" * 201, "path": "p", "weight": 1}],
+            f"data.mixture.0.name={'a' * 57}...: is too long; ",
+        ),
     ],
 )
 def test_one_wrong_value_is_one_line(faults, key, value, line):

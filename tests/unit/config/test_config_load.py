@@ -151,7 +151,19 @@ def test_overrides(file):
     [
         ("train.steps", "train.steps: is not section.key=value; "),
         ("=3", "=3: is not section.key=value; "),
-        ("data.mixture=[{", "data.mixture=[{: its value is not YAML; "),
+        ("data.mixture=[{", "data.mixture=[{: its value is not YAML ("),
+        ("run.name=2026-13-45", "run.name=2026-13-45: its value is not YAML (a date or number out"),
+        ("run.seed=" + "9" * 5000, "run.seed=999"),
+        ("run.seed=0x" + "9" * 5000, "run.seed=...: is too large; "),
+        ("model.rope_theta=0x" + "9" * 5000, "model.rope_theta=...: "),
+        ("run.name=" + "[" * 5000, "run.name=[[["),
+        (
+            "log={every: 1, every: 2}",
+            "log={every: 1, every: 2}: its value is not YAML (every is set",
+        ),
+        ("train.steps=017", "train.steps='017': is not a whole number; "),
+        ("train.steps=1:30", "train.steps='1:30': is not a whole number; "),
+        ("optimizer.lr=1:30.5", "optimizer.lr='1:30.5': is not a number; "),
         ("train.steps.x=1", "train.steps.x=1: names no place"),
         ("data.mixture.0.path=x", "data.mixture={0: {path: x}}: is not a list; "),
         ("foo.bar=1", "foo.bar=1: is not a key here; "),
@@ -165,6 +177,23 @@ def test_wrong_overrides_take_one_line(file, override, says):
     line = refusal(file, override)
     assert "\n" not in line
     assert line.startswith(says)
+
+
+def test_a_merged_key_may_be_set_again(tiny, tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text(yaml.safe_dump(tiny) + "log: &a {every: 5}\ncheckpoint: {<<: *a, every: 7}\n")
+    assert load_config(path).checkpoint.every == 7
+
+
+@pytest.mark.parametrize("stem", ["my config", "日本", "a" * 201])
+def test_a_file_name_that_names_no_run_says_to_set_the_name(file, stem):
+    path = file.rename(file.with_name(f"{stem}.yaml"))
+    line = refusal(path)
+    assert "\n" not in line
+    assert "the default, from the file's name, is " in line
+    assert "; set run.name: " in line
+    assert load_config(path, ["run.name=fine"]).run.name == "fine"
+    assert "file's name" not in refusal(path, "run.name=a b")
 
 
 def test_wrong_overrides_are_told_with_the_other_faults(file):
@@ -183,7 +212,14 @@ def test_files_that_cannot_be_read(tmp_path):
     [
         (b"model:\n  layers: 2\n  heads: [1, 2\nb: 3\n", " line 4: not YAML ("),
         (b"a: 1\nb: \tx: 3: 4\n", " line 2: not YAML ("),
-        (b"\xff\xfe\x00", ": not YAML (it is not text)"),
+        (b"\xff\xfe\x00", ": not UTF-8 text; save it as UTF-8"),
+        ("model: é\n".encode("latin-1"), ": not UTF-8 text; save it as UTF-8"),
+        ("model: {}\n".encode("utf-16-le"), ": not UTF-8 text; save it as UTF-8"),
+        (b"train: {}\nmodel: {}\ntrain: {}\n", " line 3: not YAML (train is set on line 1 too)"),
+        (b"model:\n  d_model: 32\n  d_model: 32\n", " line 3: not YAML (d_model is set on line 2"),
+        (b"run: {name: 2026-13-45}", ": not YAML (a date or number out of range)"),
+        (b"run: {seed: " + b"9" * 5000 + b"}", ": not YAML (a date or number out of range)"),
+        (b"run: " + b"[" * 5000, ": not YAML (nested too deep)"),
         (b"a: \x01", ": not YAML (it is not text)"),
         (b"- 1\n- 2\n", ": not a mapping of sections; "),
         (b"", ": not a mapping of sections; "),

@@ -86,6 +86,13 @@ def test_blank_lines_and_a_missing_last_line_end(tmp_path: Path) -> None:
     assert read(path) == ["a", "b"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_opens_a_jsonl(tmp_path: Path, name: str) -> None:
+    raw = b'\xef\xbb\xbf{"text": "\xef\xbb\xbfa"}\n{"text": "b"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert read(tmp_path / name) == ["\ufeffa", "b"]
+
+
 BAD_LINES = [
     (b"{'text'", CorruptError, "line 2: not JSON: .* at column 2"),
     (b'{"text": "a"', CorruptError, "line 2: not JSON"),

@@ -81,7 +81,17 @@ def test_too_large_a_vocabulary_names_the_largest(corpus: Path, tmp_path: Path) 
         train_tokenizer([corpus], largest + 1, tmp_path / "t.model")
 
 
-@pytest.mark.parametrize("size, message", [(260, "too small .* need 3"), (0, "not positive")])
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        (260, "too small .* need 3"),
+        (2, "too small: .* need 259$"),
+        (1, "too small: .* need 259$"),
+        (0, "not positive"),
+        (2**31, f"too large: give at most {2**31 - 1}$"),
+        (10**12, "too large: give at most"),
+    ],
+)
 def test_too_small_a_vocabulary(corpus: Path, tmp_path: Path, size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train_tokenizer([corpus], size, tmp_path / "t.model")
@@ -105,6 +115,13 @@ def test_long_lines_are_learned_from(tmp_path: Path) -> None:
     (tmp_path / "line.txt").write_text("lumberjacks " * 9000)  # one line of 108 kB
     tokenizer = train_tokenizer([tmp_path / "line.txt"], 300, tmp_path / "t.model")
     assert len(tokenizer.encode("lumberjacks")) == 1
+
+
+@pytest.mark.parametrize("text", ["a\udcff", "a\udcff " * 20_000])
+def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"not UTF-8 text: .*\\udcff at character 1;") as refusal:
+        tokenizer.encode(text)
+    assert len(str(refusal.value)) < 200
 
 
 def test_a_missing_model(tmp_path: Path) -> None:

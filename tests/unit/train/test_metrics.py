@@ -133,7 +133,22 @@ def test_a_file_that_is_one_torn_line_becomes_empty(path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("bad", [b'{"step": 2, "lo\n', b"[1, 2]\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"step": 2, "lo\n',
+        b"[1, 2]\n",
+        b"\xff\xfe\n",
+        b'{"loss": 1.0}\n',
+        b'{"step": null}\n',
+        b'{"step": "a"}\n',
+        b'{"step": 2.0}\n',
+        b'{"step": true}\n',
+        b'{"step": -1}\n',
+        b'{"step": 1' + b"0" * 30 + b"}\n",
+        b"[" * 100_000 + b"\n",
+    ],
+)
 def test_damage_before_the_end_names_file_and_line(path: Path, bad: bytes) -> None:
     write_steps(path, range(1, 2))
     with open(path, "ab") as file:

@@ -262,8 +262,85 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path, make: Any, words: st
 def test_a_broken_config_is_named(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "demo", [step_row(1)])
     (run_dir / "config.yaml").write_text("run: [")
-    with pytest.raises(ConfigError, match=r"config\.yaml is not YAML"):
+    with pytest.raises(ConfigError, match=r"config\.yaml line 1: not YAML"):
         write_report(run_dir)
+
+
+@pytest.mark.parametrize(
+    "content", ["run: {name: 2026-13-45}", "a: " + "[" * 5000, "\0", "a: &a [*a]"]
+)
+def test_a_config_that_cannot_be_loaded_is_named(tmp_path: Path, content: str) -> None:
+    run_dir = make_run(tmp_path / "demo", [step_row(1)])
+    (run_dir / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml") as refusal:
+        write_report(run_dir)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_config_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "demo", [step_row(1)])
+    (run_dir / "config.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.yaml: Is a directory"):
+        write_report(run_dir)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"data": {"mixture": 7}},
+        {"data": {"mixture": [7]}},
+        {"data": {"mixture": [{"path": "web", "weight": "x"}]}},
+        {"data": {"mixture": [{"path": "web", "weight": 0}]}},
+        {"data": {"mixture": [{"path": 7}]}},
+        {"data": {"phases": 7}},
+        {"data": {"phases": [7]}},
+        {"data": {"phases": [{"until_tokens": "abc", "mixture": []}]}},
+        {"run": {"name": "a\0b\n" * 9}, "model": {1: [2], "layers": {"a": 1}}},
+        {"model": {"layers": math.nan, "heads": "\ud800"}, "data": 3},
+    ],
+)
+def test_a_config_edited_by_hand_leaves_figures_out(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source(Path("web"), 5.5)
+    run_dir = make_run(tmp_path / "demo", [step_row(1)], config)
+    assert command.run(parse(str(run_dir), "--json", str(tmp_path / "figures.json"))) == 0
+    page = Page((run_dir / "report" / "index.html").read_text())
+    assert page.table["final loss"] == "6.0000 nats"
+    assert "unigram entropy of the corpus" not in page.table
+
+
+@pytest.mark.parametrize("entropy", ["5.5", "NaN", "Infinity", "1e308", '"x"', "null"])
+def test_an_entropy_that_is_no_figure_is_left_out(tmp_path: Path, entropy: str) -> None:
+    web = source(tmp_path / "web", None)
+    (tmp_path / "web.json").write_text(f'{{"unigram_entropy_nats": {entropy}}}')
+    assert unigram_entropy({"mixture": [web]}, 10) == (5.5 if entropy == "5.5" else None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["abc", [1], {"a": 1}, True, 1e308, -1e308, 10**400, "\ud800"],
+    ids=lambda v: str(v)[:6],
+)
+def test_rows_edited_by_hand_are_gaps(tmp_path: Path, value: Any) -> None:
+    odd = dict.fromkeys(step_row(1), value)
+    rows = [{**odd, "step": 1}, step_row(2), {**odd, "step": 3}]
+    odd_validation = dict.fromkeys(validation_row(1, 1.0), value)
+    rows += [validation_row(2, 3.0), {**odd_validation, "step": 3}]
+    rows += [{**validation_row(4, 3.0), "validation_loss_per_source": {"\ud800": value, "b": 1.0}}]
+    run_dir = make_run(tmp_path / "demo", [])
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(run_dir).read_text())
+    assert page.table["final loss"] == "4.0000 nats"
+    assert page.table["validation loss"] == "3.0000 nats"
+    assert page.table["median tokens/s"] == "2,048"
+
+
+def test_a_validation_that_is_no_number_is_left_out(tmp_path: Path) -> None:
+    row = {**validation_row(1, 3.0), "validation_loss": "abc", "validation_loss_per_source": [1]}
+    page = Page(write_report(make_run(tmp_path / "demo", [step_row(1), row])).read_text())
+    assert not [title for title in page.table if "validation" in title]
 
 
 def test_a_report_folder_that_cannot_be_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megallama.checkpoint.store import checkpoint_path
+from megallama.checkpoint.store import checkpoint_path, prune_checkpoints
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch, Dataset
 from megallama.errors import EXIT_DONE, EXIT_STOPPED, CorruptError, DivergedError
@@ -46,19 +46,20 @@ class Loop:
         self.total_steps = self.config.train.total_steps
 
     def run(self, stop: StopSignals) -> int:
-        """Train; return the exit code. Whatever ends the loop, the last sound step is saved.
+        """Train; return the exit code. Whatever ends the loop, the last step is saved.
 
         Raises:
-            DivergedError: ten steps in a row, or the run's last, were not finite.
+            DivergedError: ten steps in a row were not finite, and nothing is saved; or the run's
+                last was not, and it is saved beside the older checkpoints.
         """
         with ExitStack() as stack:
             self.metrics = stack.enter_context(self._metrics())
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
             code = self._steps(stop)
+            self._save()
             if code == EXIT_DONE and self.progress.failures:
                 raise self._diverged("the last of the run")
-            self._save()
         return code
 
     def _steps(self, stop: StopSignals) -> int:
@@ -67,7 +68,7 @@ class Loop:
         while self.progress.step < self.total_steps:
             self._step()
             every = self.config.checkpoint.every
-            if every and self.progress.step % every == 0:
+            if every and self.progress.step % every == 0 and not self.progress.failures:
                 self._save()
             if stop.code is not None:
                 return stop.code
@@ -161,15 +162,14 @@ class Loop:
     def _save(self) -> None:
         """Save this step, unless it is the one saved or resumed from last.
 
-        In a stretch of steps that were not finite the weights may be the reason. They are not worth
-        the older checkpoint that they would push out; a resumed run takes these steps again.
+        In a stretch of steps that were not finite the weights may be the reason: then nothing older
+        is deleted for them.
         """
-        if self.progress.failures:
-            self.console.message(f"step {self.progress.step} is not saved: it was not finite")
-            return
         folder = self.directory / "checkpoints"
         if checkpoint_path(folder, self.progress.step).resolve() != self.newest:
             path = save(self.trainer, self.progress, folder, self.dataset)
+            if not self.progress.failures:
+                prune_checkpoints(folder, self.config.checkpoint.keep, path)
             self.newest = path.resolve()
 
     def _metrics(self) -> MetricsWriter:

@@ -18,7 +18,6 @@ from megallama.checkpoint.store import (
     Checkpoint,
     checkpoint_path,
     committed_checkpoints,
-    prune_checkpoints,
     save_checkpoint,
 )
 from megallama.config.schema import Config
@@ -48,7 +47,7 @@ class Progress:
 
 
 def save(trainer: Trainer, progress: Progress, folder: Path, dataset: Dataset) -> Path:
-    """Save a checkpoint of this step under `folder`, then delete the oldest beyond `keep`.
+    """Save a checkpoint of this step under `folder`.
 
     One of this step that is there already, such as a damaged one, is overwritten.
     """
@@ -56,7 +55,6 @@ def save(trainer: Trainer, progress: Progress, folder: Path, dataset: Dataset) -
     config = trainer.config.model_dump(mode="json")
     facts = Manifest(asdict(progress), config, dataset.tokenizer_hash, dataset.fingerprints)
     save_checkpoint(directory, _tensors(trainer), facts)
-    prune_checkpoints(folder, trainer.config.checkpoint.keep, directory)
     return directory
 
 

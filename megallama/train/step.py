@@ -64,7 +64,7 @@ def micro_batches(model: Llama, batch: Batch, size: int) -> Iterator[MicroBatch]
 
 
 def sample_losses(loss_T: Tensor, samples: int) -> Tensor:
-    """Token losses (T,) summed over each sample: (B,) fp64, so that any batching gives one sum."""
+    """Token losses (T,) summed over each sample: (B,) fp64."""
     return loss_T.view(samples, -1).sum(1, dtype=torch.float64)
 
 

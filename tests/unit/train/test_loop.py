@@ -361,42 +361,55 @@ def test_data_found_corrupt_in_mid_run_costs_no_step(
     assert [path.name for path in saved] == ["step-00000003"]
 
 
-def test_nothing_is_saved_while_steps_are_not_finite(
+def test_a_stretch_that_is_not_finite_pushes_no_checkpoint_out(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights may be the reason: such a checkpoint would push out a good one for nothing."""
-    good = make_config({"checkpoint.every": 1, "checkpoint.keep": 1})
-    assert train(good) == 0
-    folder = good.run.directory / "checkpoints"
-    before = [(p.name, (p / "rank-00000.safetensors").read_bytes()) for p in folder.iterdir()]
-    assert [name for name, _ in before] == ["step-00000006"]
+    """The weights may be its reason. Ten in a row save nothing; the run's last is kept apart."""
+    keep_one = {"checkpoint.every": 1, "checkpoint.keep": 1}
+    config = make_config(keep_one)
+    assert train(config) == 0
+    folder = config.run.directory / "checkpoints"
+    good = (folder / "step-00000006" / "rank-00000.safetensors").read_bytes()
     monkeypatch.setattr(TrainStep, "_fault", lambda *_: "loss is nan")
-    longer = {"checkpoint.every": 1, "checkpoint.keep": 1}
-    for steps, reason in ((8, "the last of the run"), (40, "loss is nan")):
+    for steps, reason, names in (
+        (40, "step 16: 10 steps in a row were not finite", ["step-00000006"]),
+        (8, "the last of the run", ["step-00000006", "step-00000008"]),
+    ):
         with pytest.raises(DivergedError, match=reason):
-            train(make_config({**longer, "train.steps": steps}))
-        after = [(p.name, (p / "rank-00000.safetensors").read_bytes()) for p in folder.iterdir()]
-        assert after == before
+            train(make_config({**keep_one, "train.steps": steps}))
+        assert [path.name for path in committed_checkpoints(folder)] == names
+    assert (folder / "step-00000006" / "rank-00000.safetensors").read_bytes() == good
     monkeypatch.undo()
-    assert train(make_config({**longer, "train.steps": 8})) == 0
+    assert train(make_config({**keep_one, "train.steps": 9})) == 0
+    assert [path.name for path in committed_checkpoints(folder)] == ["step-00000009"]
 
 
-def test_a_stop_while_steps_are_not_finite_takes_them_again(
+def test_a_stop_after_a_step_that_was_not_finite_loses_nothing(
     make_config: MakeConfig, signal_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = make_config({"run.name": "straight"})
+    """Exit 75 says that the work is saved, without a periodic checkpoint too."""
+
+    def fails_at_step_3() -> None:
+        fault, count = TrainStep._fault, []
+
+        def failing(step: TrainStep, *values: Any) -> str | None:
+            count.append(1)
+            return "loss is nan" if len(count) == 3 else fault(step, *values)
+
+        monkeypatch.setattr(TrainStep, "_fault", failing)
+
+    once = {"checkpoint.every": 0}
+    real = TrainStep._fault
+    straight = make_config({**once, "run.name": "straight"})
+    fails_at_step_3()
     assert train(straight) == 0
-    config = make_config({"checkpoint.every": 2})
-    fault, count = TrainStep._fault, []
-
-    def fails_at_step_3(step: TrainStep, *values: Any) -> str | None:
-        count.append(1)
-        return "loss is nan" if len(count) == 3 else fault(step, *values)
-
-    monkeypatch.setattr(TrainStep, "_fault", fails_at_step_3)
+    config = make_config(once)
+    monkeypatch.setattr(TrainStep, "_fault", real)
+    fails_at_step_3()
     signal_at(3)
     assert train(config) == 75
-    assert committed_checkpoints(config.run.directory / "checkpoints")[-1].name == "step-00000002"
+    saved = committed_checkpoints(config.run.directory / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000003"]
     signal_at(0)
     assert train(config) == 0
     assert result_of(config) == result_of(straight)

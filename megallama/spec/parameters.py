@@ -19,11 +19,16 @@ INIT_STD = 0.02  # Megatron-LM's; the LLaMA papers do not publish theirs
 
 @dataclass(frozen=True)
 class Part:
-    """A named global tensor. `init_std` is None where the tensor starts at one (norms)."""
+    """A named global tensor. `init_std` is None where the tensor starts at one (norms).
+
+    `heads`: of how many attention heads its rows consist, None where of none. Heads are not cut by
+    tensor parallelism; with fewer heads than ranks each is held by several.
+    """
 
     name: str
     shape: tuple[int, ...]
     init_std: float | None
+    heads: int | None = None
 
     @property
     def numel(self) -> int:
@@ -80,7 +85,6 @@ def layer_name(layer: int, name: str) -> str:
 
 def _decoder_layer(model: Model, layer: int) -> list[Parameter]:
     d, ffn, width = model.d_model, model.ffn, model.head_width
-    queries, keys = model.heads * width, model.kv_heads * width
     # The residual stream sums 2·L branches: their last projections start smaller by √(2·L), so that
     # its variance at the head does not grow with depth (GPT-2's rule, kept by Megatron-LM).
     residual_std = INIT_STD / math.sqrt(2 * model.layers)
@@ -91,16 +95,16 @@ def _decoder_layer(model: Model, layer: int) -> list[Parameter]:
     def part(module: str, name: str) -> str:
         return f"{named(module)}.{name}.weight"
 
-    qkv = {
-        part("attention", name): rows
-        for name, rows in (("wq", queries), ("wk", keys), ("wv", keys))
-    }
+    qkv = tuple(
+        Part(part("attention", name), (heads * width, d), INIT_STD, heads)
+        for name, heads in (("wq", model.heads), ("wk", model.kv_heads), ("wv", model.kv_heads))
+    )
     w13 = {part("feed_forward", name): ffn for name in ("w1", "w3")}
     wo, w2 = {part("attention", "wo"): d}, {part("feed_forward", "w2"): d}
     return [
         _norm(named("attention_norm"), d, layer),
-        _linear(named("wqkv"), qkv, d, shard_dim=0, layer=layer),
-        _linear(named("wo"), wo, queries, shard_dim=1, layer=layer, std=residual_std),
+        Parameter(named("wqkv"), qkv, 0, layer),
+        _linear(named("wo"), wo, model.heads * width, shard_dim=1, layer=layer, std=residual_std),
         _norm(named("ffn_norm"), d, layer),
         _linear(named("w13"), w13, d, shard_dim=0, layer=layer),
         _linear(named("w2"), w2, ffn, shard_dim=1, layer=layer, std=residual_std),

@@ -24,19 +24,31 @@ POLICIES: dict[str, frozenset[str]] = {
 }
 
 
-def saved_bytes_per_token(model: Model, policy: str, itemsize: int) -> int:
-    """Bytes that one decoder layer saves for each token, `itemsize` being the compute dtype's."""
-    width = model.head_width
+def saved_bytes(
+    model: Model,
+    policy: str,
+    itemsize: int,
+    tokens: int = 1,
+    tensor: int = 1,
+    sequence_parallel: bool = True,
+) -> int:
+    """Bytes that one decoder layer saves of a micro-batch of `tokens`, on one of `tensor` ranks.
+
+    `itemsize` is the compute dtype's. The residual stream is divided by sequence parallelism, heads
+    and the feed-forward width by the tensor ranks; fewer key/value heads than ranks are replicated.
+    """
+    width, shard = model.head_width, tokens // tensor if sequence_parallel else tokens
+    heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
     elements = {
-        "x": model.d_model,
-        "n1": model.d_model,
-        "qkv": (model.heads + 2 * model.kv_heads) * width,
-        "o": model.heads * width,
-        "x2": model.d_model,
-        "n2": model.d_model,
-        "gate_up": 2 * model.ffn,
+        "x": shard * model.d_model,
+        "n1": shard * model.d_model,
+        "qkv": tokens * (heads + 2 * kv_heads) * width,
+        "o": tokens * heads * width,
+        "x2": shard * model.d_model,
+        "n2": shard * model.d_model,
+        "gate_up": tokens * 2 * model.ffn // tensor,
     }
     saved = POLICIES[policy]
     # The log-sum-exp is kept in fp32 (fp64 under fp64): one number a head.
-    statistics = model.heads * max(itemsize, 4) if "lse" in saved else 0
+    statistics = tokens * heads * max(itemsize, 4) if "lse" in saved else 0
     return statistics + itemsize * sum(n for name, n in elements.items() if name in saved)

@@ -5,22 +5,25 @@ A pass yields the handle where it needs the value; the driver waits and sends th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
 class Handle(Protocol[T_co]):
-    """Something that is waited for once.
+    """Something that is waited for.
 
-    `collective` says whether communication goes on until then, so that the wait is worth filling.
-    It depends on what the handle stands for, never on how far it has come.
+    `cover` is how many deferred weight gradients are worth running before the wait: 0, the value is
+    here; 1, an all-gather or a reduce-scatter; 2, an all-reduce, which moves twice the bytes. It
+    depends on what the handle stands for, never on how far it has come, so that every rank runs
+    the same things in the same order.
     """
 
     @property
-    def collective(self) -> bool: ...
+    def cover(self) -> int: ...
 
     def wait(self) -> T_co: ...
 
@@ -30,7 +33,25 @@ class Done(Generic[T]):
     """A handle whose value is already here: a resident weight, a collective over a group of one."""
 
     value: T
-    collective: bool = False
+    cover: int = 0
 
     def wait(self) -> T:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Joined(Generic[T]):
+    """Several handles as one: waits for each in order, then has `value`."""
+
+    handles: Sequence[Handle[Any]]
+    value: T
+
+    @property
+    def cover(self) -> int:
+        """The largest of theirs: they travel at the same time."""
+        return max((handle.cover for handle in self.handles), default=0)
+
+    def wait(self) -> T:
+        for handle in self.handles:
+            handle.wait()
         return self.value

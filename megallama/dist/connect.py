@@ -1,0 +1,121 @@
+"""Connect this process's groups.
+
+Only the members of a group meet, in keys of the store that have the group's name and its members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megallama.dist import compat
+from megallama.dist.gloo import GlooGroup
+from megallama.dist.group import Group, SingleGroup
+from megallama.dist.link import Link
+from megallama.dist.nccl import NcclGroup
+from megallama.dist.traffic import Traffic
+from megallama.errors import LostError
+
+#: How long a rank waits for another before it calls it lost.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass
+class Groups:
+    """The groups of one process by name, and what it sent in all of them."""
+
+    by_name: dict[str, Group]
+    traffic: Traffic
+
+    def __getitem__(self, name: str) -> Group:
+        return self.by_name[name]
+
+    def close(self) -> None:
+        """Close every group."""
+        for group in self.by_name.values():
+            group.close()
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What the groups of one process have in common."""
+
+    store: compat.Store | None
+    rank: int
+    traffic: Traffic
+    strict: bool
+    timeout: timedelta
+    hostname: str | None
+
+
+def connect(
+    store: compat.Store | None,
+    rank: int,
+    members: Mapping[str, Sequence[int]],
+    device: torch.device,
+    *,
+    strict: bool = False,
+    timeout: timedelta = TIMEOUT,
+    hostname: str | None = None,
+) -> Groups:
+    """The groups of global rank `rank`: gloo on a CPU, NCCL on CUDA; returns when all are there.
+
+    `store`: where they meet; None where every group is of one.
+    `members`: group name → the global ranks of this rank's group of that name, in group order; all
+    of them name it alike. A group of one is a SingleGroup.
+    `strict`: compare every operation across its group before it runs (gloo only); ranks that
+    differ get a SequenceError.
+    `timeout`: how long to wait for a peer before LostError, here and in every operation.
+    `hostname`: the address that gloo listens on ("127.0.0.1" for local workers); None: the network
+    interface of GLOO_SOCKET_IFNAME, else gloo's choice.
+    """
+    for name, ranks in members.items():
+        if rank not in ranks or len(set(ranks)) != len(ranks):
+            raise ValueError(f"group {name!r}: {list(ranks)} is no group of rank {rank}")
+    if strict and device.type != "cpu":
+        raise ValueError(f"the strict mode compares on gloo, not on {device}")
+    setup = _Setup(store, rank, Traffic(), strict, timeout, hostname)
+    groups: dict[str, Group] = {}
+    # A group's connection waits for its members: one order of names on all ranks, whatever groups
+    # each is in, so that nobody waits in a circle.
+    for name in sorted(members):
+        ranks = members[name]
+        if len(ranks) == 1:
+            groups[name] = SingleGroup(name)
+        elif device.type == "cpu":
+            groups[name] = _gloo(setup, name, ranks)
+        else:
+            groups[name] = _nccl(setup, name, ranks)
+    return Groups(groups, setup.traffic)
+
+
+def _own_store(setup: _Setup, name: str, ranks: Sequence[int]) -> compat.Store:
+    """Keys of this group alone: two groups of a grid share a name, and their members differ."""
+    if setup.store is None:
+        raise ValueError(f"group {name!r} of ranks {list(ranks)} has no store to meet in")
+    return compat.PrefixStore(f"{name}/{'-'.join(map(str, ranks))}", setup.store)
+
+
+def _gloo(setup: _Setup, name: str, ranks: Sequence[int]) -> Group:
+    position = list(ranks).index(setup.rank)
+    own = _own_store(setup, name, ranks)
+    try:
+        backend = compat.gloo_backend(own, position, len(ranks), setup.timeout, setup.hostname)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise LostError(
+            f"group {name!r}: rank {setup.rank} could not connect with ranks {list(ranks)} "
+            f"({reason}); try again"
+        ) from None
+    return GlooGroup(Link(backend, name, position, ranks), setup.traffic, strict=setup.strict)
+
+
+def _nccl(setup: _Setup, name: str, ranks: Sequence[int]) -> Group:
+    position = list(ranks).index(setup.rank)
+    backend = compat.nccl_backend(
+        _own_store(setup, name, ranks), position, len(ranks), setup.timeout
+    )
+    return NcclGroup(backend, name, position, len(ranks), setup.traffic)

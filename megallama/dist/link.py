@@ -1,0 +1,117 @@
+"""Messages between the ranks of one gloo group: posted together, then waited for.
+
+gloo moves the bytes of a send when the matching receive is posted, and every receive here is posted
+before any wait, so an exchange in which both sides take part cannot deadlock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from megallama.dist.compat import Backend, Work
+from megallama.errors import LostError
+
+#: Tags: messages of one kind between two ranks arrive in the order in which they were sent.
+COLLECTIVE, CHECK, POINT, POINT_CHECK, NOTHING = range(5)
+
+#: Rank of the group → the contiguous tensors that go to it or come from it.
+Messages = Mapping[int, Sequence[Tensor]]
+
+
+class Link:
+    """The messages of one group. `members`: the global ranks of its ranks, for error messages."""
+
+    def __init__(self, backend: Backend, name: str, rank: int, members: Sequence[int]) -> None:
+        self._backend = backend
+        self.name, self.rank, self.members = name, rank, tuple(members)
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def peers(self) -> list[int]:
+        """The other ranks, from the next one on: no two ranks begin with the same peer."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def post(self, operation: str, sends: Messages, receives: Messages, tag: int) -> Posted:
+        """Start every message; `operation` names them in errors. Empty tensors do not travel."""
+        posted = Posted(self, operation)
+        for peer in reversed(self.peers()):  # the order in which their sends reach this rank
+            for tensor in receives.get(peer, ()):
+                if tensor.numel():
+                    posted.receive(self._backend, tensor, peer, tag)
+        for peer in self.peers():
+            for tensor in sends.get(peer, ()):
+                if tensor.numel():
+                    posted.send(self._backend, tensor, peer, tag)
+        return posted
+
+    def exchange(self, operation: str, sends: Messages, receives: Messages, tag: int) -> None:
+        """Start every message and wait for all of them."""
+        self.post(operation, sends, receives, tag).finish()
+
+    def lost(self, operation: str, peer: int, error: BaseException) -> LostError:
+        """The error of a message that did not arrive."""
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).split(". ")[0]
+        return LostError(
+            f"group {self.name!r}, {operation}: rank {self.members[self.rank]} waited for rank "
+            f"{self.members[peer]}, which was lost or gave up ({reason}); try again"
+        )
+
+    def break_off(self) -> None:
+        """Make every operation under way fail, here and on the peers that wait for this rank.
+
+        gloo has no call for it, but a receive that times out closes the group's connections. One
+        from a peer that is gone fails at once and closes nothing, so each is tried.
+        """
+        for peer in self.peers():
+            try:
+                work = self._backend.recv([torch.empty(1)], peer, NOTHING)
+                work.wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                continue  # as intended
+
+
+class Posted:
+    """Messages under way; it keeps their tensors alive."""
+
+    def __init__(self, link: Link, operation: str) -> None:
+        self._link, self._operation = link, operation
+        self._receives: list[tuple[int, Work, Tensor]] = []
+        self._sends: list[tuple[int, Work, Tensor]] = []
+
+    def receive(self, backend: Backend, tensor: Tensor, peer: int, tag: int) -> None:
+        try:
+            self._receives.append((peer, backend.recv([tensor], peer, tag), tensor))
+        except RuntimeError as error:
+            raise self._link.lost(self._operation, peer, error) from None
+
+    def send(self, backend: Backend, tensor: Tensor, peer: int, tag: int) -> None:
+        try:
+            self._sends.append((peer, backend.send([tensor], peer, tag), tensor))
+        except RuntimeError as error:
+            raise self._link.lost(self._operation, peer, error) from None
+
+    def _wait(self, peer: int, work: Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._link.lost(self._operation, peer, error) from None
+
+    def arrived(self, peer: int) -> None:
+        """Wait for everything that comes from `peer`."""
+        for source, work, _ in self._receives:
+            if source == peer:
+                self._wait(peer, work)
+        self._receives = [entry for entry in self._receives if entry[0] != peer]
+
+    def finish(self) -> None:
+        """Wait for everything."""
+        for peer, work, _ in (*self._receives, *self._sends):
+            self._wait(peer, work)
+        self._receives, self._sends = [], []

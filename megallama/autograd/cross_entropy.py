@@ -1,28 +1,56 @@
-"""The output projection and the cross-entropy, fused and chunked over tokens.
+"""The output projection and the cross-entropy over a vocabulary shard, fused and chunked.
+
+Shapes: T tokens, c the tokens of a chunk, r the rows of a piece; D model width; v this rank's share
+of the vocabulary, padding included.
 
 All logits of a micro-batch never exist together: each chunk's are computed, turned into their own
 gradient in place, and used for all three GEMMs while they are there. So the forward returns the
-gradient of its input as well, and the logits are computed once rather than twice.
+gradient of its input as well, and the logits are computed once rather than twice. The softmax needs
+two numbers of every token from the other tensor ranks; they travel under the next chunk's logits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megallama.autograd.linear import linear_dgrad, linear_wgrad
+from megallama.autograd.passes import Pass
+from megallama.dist.handle import Handle
 from megallama.spec.labels import IGNORE
+from megallama.spec.logits import CHUNK_BYTES, chunk_length
 
-#: Bytes of logits held at a time. On a CPU (2 cores, V=32,000, bf16) chunks below 1,000 tokens lose
-#: more to the fp32 accumulation of the weight gradient than they gain in cache. On a GPU it is
-#: 8,192 tokens at V=128k; chosen, not measured.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 #: Bytes of fp32 rows in the softmax at a time: within a CPU's last-level cache; on a GPU, enough
 #: that launching costs little.
 SOFTMAX_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows `first` … `first + rows` of a vocabulary, held by one of `ranks` tensor ranks.
+
+    `gather` makes a vector of every rank into a matrix (ranks, n).
+    """
+
+    first: int
+    rows: int
+    ranks: int
+    gather: Callable[[Tensor], Handle[Tensor]]
+
+
+class _Chunk(NamedTuple):
+    """A chunk whose logits are there and whose statistics are on their way."""
+
+    x_cD: Tensor
+    labels_c: Tensor
+    logits_cv: Tensor
+    statistics: Handle[Tensor]
 
 
 class LinearCrossEntropy:
@@ -31,65 +59,119 @@ class LinearCrossEntropy:
     Buffers are kept because a fresh 64 MiB costs more in page faults than its GEMM takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocab: VocabShard) -> None:
+        self.vocab = vocab
         self._buffers: dict[str, Tensor] = {}
 
-    def forward(self, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, w_vD: Tensor, labels_T: Tensor) -> Pass[Tensor]:
         """Each token's loss (T,), zero where the label is IGNORE; fp32 or wider."""
-        losses = []
-        for x_cD, labels_c in self._chunks(x_TD, w_VD, labels_T):
-            losses.append(self._loss(self._logits(x_cD, w_VD), labels_c, gradient=False))
+        losses: list[Tensor] = []
+
+        def finish(chunk: _Chunk) -> Pass[None]:
+            loss_c, _ = yield from self._combine(chunk)
+            losses.append(loss_c)
+
+        yield from self._each_chunk(x_TD, w_vD, labels_T, finish)
         return torch.cat(losses)
 
     def forward_backward(
-        self, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, dw_VD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the losses (T,) and dx (T, D) of their sum, and add into `dw_VD`."""
-        losses, dx_TD = [], torch.empty_like(x_TD)
-        outputs = dx_TD.split(self._chunk_length(x_TD, w_VD))
-        chunks = self._chunks(x_TD, w_VD, labels_T)
-        for (x_cD, labels_c), dx_cD in zip(chunks, outputs, strict=True):
-            logits_cV = self._logits(x_cD, w_VD)
-            losses.append(self._loss(logits_cV, labels_c, gradient=True))
-            dx_cD.copy_(linear_dgrad(logits_cV, w_VD))
-            linear_wgrad(logits_cV, x_cD, dw_VD)
+        self, x_TD: Tensor, w_vD: Tensor, labels_T: Tensor, dw_vD: Tensor
+    ) -> Pass[tuple[Tensor, Tensor]]:
+        """Return the losses (T,) and this shard's part of the gradient (T, D) of their sum.
+
+        The weight's gradient is added into `dw_vD`.
+        """
+        losses: list[Tensor] = []
+        dx_TD = torch.empty_like(x_TD)
+        outputs = iter(dx_TD.split(self._chunk_length(x_TD, w_vD)))
+
+        def finish(chunk: _Chunk) -> Pass[None]:
+            loss_c, lse_c = yield from self._combine(chunk)
+            losses.append(loss_c)
+            dlogits_cv = self._to_gradient(chunk, lse_c)
+            next(outputs).copy_(linear_dgrad(dlogits_cv, w_vD))
+            linear_wgrad(dlogits_cv, chunk.x_cD, dw_vD)
+
+        yield from self._each_chunk(x_TD, w_vD, labels_T, finish)
         return torch.cat(losses), dx_TD
 
-    def _chunks(self, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> zip[tuple[Tensor, Tensor]]:
-        length = self._chunk_length(x_TD, w_VD)
-        return zip(x_TD.split(length), labels_T.split(length), strict=True)
+    def _each_chunk(
+        self,
+        x_TD: Tensor,
+        w_vD: Tensor,
+        labels_T: Tensor,
+        finish: Callable[[_Chunk], Pass[None]],
+    ) -> Pass[None]:
+        """Start each chunk, and finish it after the next one's start where ranks are waited for."""
+        ahead = 1 if self.vocab.ranks > 1 else 0
+        length = self._chunk_length(x_TD, w_vD)
+        started: deque[_Chunk] = deque()
+        pieces = zip(x_TD.split(length), labels_T.split(length), strict=True)
+        for index, (x_cD, labels_c) in enumerate(pieces):
+            started.append(self._start(x_cD, w_vD, labels_c, f"logits {index % (ahead + 1)}"))
+            if len(started) > ahead:
+                yield from finish(started.popleft())
+        while started:
+            yield from finish(started.popleft())
 
-    def _chunk_length(self, x_TD: Tensor, w_VD: Tensor) -> int:
-        """Tokens a chunk: as even as the budget allows."""
-        budget = CHUNK_BYTES[x_TD.device.type] // (w_VD.shape[0] * x_TD.element_size())
-        chunks = -(-len(x_TD) // max(1, budget))
-        return -(-len(x_TD) // chunks)
+    def _start(self, x_cD: Tensor, w_vD: Tensor, labels_c: Tensor, buffer: str) -> _Chunk:
+        logits_cv = self._buffer(buffer, (len(x_cD), w_vD.shape[0]), x_cD)
+        torch.mm(x_cD, w_vD.T, out=logits_cv)
+        logits_cv[:, self.vocab.rows :] = -math.inf  # padding has no probability and no gradient
+        statistics = self.vocab.gather(self._statistics(logits_cv, labels_c))
+        return _Chunk(x_cD, labels_c, logits_cv, statistics)
 
-    def _logits(self, x_cD: Tensor, w_VD: Tensor) -> Tensor:
-        out = self._buffer("logits", (len(x_cD), w_VD.shape[0]), x_cD)
-        return torch.mm(x_cD, w_VD.T, out=out)
+    def _statistics(self, logits_cv: Tensor, labels_c: Tensor) -> Tensor:
+        """This shard's log Σ exp of every token, then its target's logit, or 0: (1, 2c)."""
+        pieces = zip(*self._pieces(logits_cv, labels_c), strict=True)
+        log_sums, targets = zip(*(self._piece_statistics(*piece) for piece in pieces), strict=True)
+        return torch.cat([*log_sums, *targets])[None]
 
-    def _loss(self, logits_cV: Tensor, labels_c: Tensor, gradient: bool) -> Tensor:
-        """Losses (c,); with `gradient` the logits become their own gradient."""
-        budget = SOFTMAX_BYTES[logits_cV.device.type]
-        rows = max(1, budget // (4 * logits_cV.shape[1]))
-        pieces = zip(logits_cV.split(rows), labels_c.split(rows), strict=True)
-        return torch.cat([self._loss_rows(*piece, gradient) for piece in pieces])
+    def _piece_statistics(self, logits_rv: Tensor, labels_r: Tensor) -> tuple[Tensor, Tensor]:
+        p_rv = self._widened(logits_rv)
+        index_r1, mine_r1 = self._target(labels_r)
+        target_r = p_rv.gather(1, index_r1).where(mine_r1, 0.0)[:, 0]
+        # A shard of nothing but padding has no largest logit.
+        largest_r1 = p_rv.amax(1, keepdim=True).clamp_min_(torch.finfo(p_rv.dtype).min)
+        sum_r = p_rv.sub_(largest_r1).exp_().sum(1)
+        return largest_r1[:, 0] + sum_r.log_(), target_r
 
-    def _loss_rows(self, logits_rV: Tensor, labels_r: Tensor, gradient: bool) -> Tensor:
-        """With m the row's largest logit and p the softmax, log Σexp = m − log(max p)."""
-        wide = torch.promote_types(logits_rV.dtype, torch.float32)
-        valid_r = labels_r != IGNORE
-        index_r1 = labels_r.where(valid_r, 0)[:, None]
-        p_rV = self._buffer("softmax", logits_rV.shape, logits_rV, wide)
-        target_r = logits_rV.gather(1, index_r1)[:, 0].to(wide)
-        largest_r = logits_rV.amax(1).to(wide)
-        torch.softmax(p_rV.copy_(logits_rV), dim=1, out=p_rV)
-        loss_r = (largest_r - p_rV.amax(1).log_() - target_r).where(valid_r, 0.0)
-        if gradient:
-            p_rV.scatter_add_(1, index_r1, torch.full_like(index_r1, -1, dtype=wide))
-            logits_rV.copy_(p_rV.mul_(valid_r[:, None]))
-        return loss_r
+    def _combine(self, chunk: _Chunk) -> Pass[tuple[Tensor, Tensor]]:
+        """The losses and the whole vocabulary's log Σ exp: (c,), (c,)."""
+        statistics = yield chunk.statistics
+        log_sums, targets = statistics.view(self.vocab.ranks, 2, -1).unbind(1)
+        lse_c = log_sums.logsumexp(0)
+        return (lse_c - targets.sum(0)).where(chunk.labels_c != IGNORE, 0.0), lse_c
+
+    def _to_gradient(self, chunk: _Chunk, lse_c: Tensor) -> Tensor:
+        """Turn the logits in place into the gradient softmax − one-hot, zero where ignored."""
+        pieces = self._pieces(chunk.logits_cv, chunk.labels_c, lse_c)
+        for logits_rv, labels_r, lse_r in zip(*pieces, strict=True):
+            p_rv = self._widened(logits_rv).sub_(lse_r[:, None]).exp_()
+            index_r1, mine_r1 = self._target(labels_r)
+            p_rv.scatter_add_(1, index_r1, mine_r1.to(p_rv.dtype).neg_())
+            logits_rv.copy_(p_rv.mul_((labels_r != IGNORE)[:, None]))
+        return chunk.logits_cv
+
+    def _target(self, labels_r: Tensor) -> tuple[Tensor, Tensor]:
+        """The label's column of this shard, 0 where it is elsewhere; whether it is here: (r, 1)."""
+        column_r1 = labels_r[:, None] - self.vocab.first
+        mine_r1 = (column_r1 >= 0) & (column_r1 < self.vocab.rows)
+        return column_r1.where(mine_r1, 0), mine_r1
+
+    def _widened(self, logits_rv: Tensor) -> Tensor:
+        wide = torch.promote_types(logits_rv.dtype, torch.float32)
+        return self._buffer("softmax", logits_rv.shape, logits_rv, wide).copy_(logits_rv)
+
+    def _pieces(self, logits_cv: Tensor, *others: Tensor) -> list[Sequence[Tensor]]:
+        """Tensors with a row a token, cut into pieces that fit the softmax's buffer."""
+        budget = SOFTMAX_BYTES[logits_cv.device.type]
+        rows = max(1, budget // (4 * logits_cv.shape[1]))
+        return [x.split(rows) for x in (logits_cv, *others)]
+
+    def _chunk_length(self, x_TD: Tensor, w_vD: Tensor) -> int:
+        budget = CHUNK_BYTES[x_TD.device.type]
+        return chunk_length(len(x_TD), w_vD.shape[0], x_TD.element_size(), budget)
 
     def _buffer(
         self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None

@@ -12,8 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megallama.autograd.passes import Pass
-from megallama.autograd.protocols import Norm
+from megallama.autograd.layer import Filling
+from megallama.autograd.passes import Pass, in_turns
+from megallama.autograd.protocols import Norm, Tokens
 from megallama.autograd.stash import Saved, Stash
 from megallama.dist.handle import Handle
 
@@ -21,39 +22,39 @@ from megallama.dist.handle import Handle
 class Output(Protocol):
     """The output projection and its loss, over this rank's share of the vocabulary."""
 
-    def gather(self, n_tD: Tensor) -> Handle[Tensor]: ...
-
-    def scatter(self, dn_TD: Tensor) -> Handle[Tensor]: ...
-
     def weight(self) -> Handle[Tensor]: ...
 
-    def loss(self, n_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor: ...
+    def loss(self, n_TD: Tensor, w_vD: Tensor, labels_T: Tensor) -> Pass[Tensor]: ...
 
     def loss_and_gradient(
-        self, n_TD: Tensor, w_VD: Tensor, labels_T: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+        self, n_TD: Tensor, w_vD: Tensor, labels_T: Tensor
+    ) -> Pass[tuple[Tensor, Tensor]]: ...
 
 
 class Head:
     """The passes of the final norm, the output projection and the loss."""
 
-    def __init__(self, norm: Norm, output: Output) -> None:
-        self.norm, self.output = norm, output
+    def __init__(self, norm: Norm, tokens: Tokens, output: Output) -> None:
+        self.norm, self.tokens, self.output = norm, tokens, output
 
     def forward(
-        self, x_tD: Tensor, labels_T: Tensor, stash: Stash | None, key: Hashable
+        self, x: Filling, labels_T: Tensor, stash: Stash | None, key: Hashable
     ) -> Pass[Tensor]:
         """Return each token's loss (T,). Without a stash no gradient is made: evaluation."""
-        n_tD = self.norm.forward(x_tD, (yield self.norm.weight()))
-        n_TD = yield self.output.gather(n_tD)
-        w_VD = yield self.output.weight()
+        n_TD = yield from self.normalised(x)
+        w_vD = yield self.output.weight()
         if stash is None:
-            return self.output.loss(n_TD, w_VD, labels_T)
-        loss_T, dn_TD = self.output.loss_and_gradient(n_TD, w_VD, labels_T)
-        stash.put(key, {"x": x_tD, "dn": dn_TD})
+            return (yield from self.output.loss(n_TD, w_vD, labels_T))
+        loss_T, dn_TD = yield from self.output.loss_and_gradient(n_TD, w_vD, labels_T)
+        stash.put(key, {"x": x.x_tD, "dn": (yield self.tokens.scatter(dn_TD))})
         return loss_T
 
     def backward(self, saved: Saved) -> Pass[Tensor]:
         """Return the gradient of the last layer's output (t, D)."""
-        dn_tD = yield self.output.scatter(saved.pop("dn"))
-        return self.norm.backward(dn_tD, saved.pop("x"), (yield self.norm.weight()))
+        return self.norm.backward(saved.pop("dn"), saved.pop("x"), (yield self.norm.weight()))
+
+    def normalised(self, x: Filling) -> Pass[Tensor]:
+        """The final norm's output, whole: (T, D)."""
+        yield from in_turns(x.passes)
+        n_tD = self.norm.forward(x.x_tD, (yield self.norm.weight()))
+        return (yield self.tokens.gather(n_tD))

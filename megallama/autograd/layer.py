@@ -1,8 +1,9 @@
 """The decoder layer: its forward pass, and the backward pass that mirrors it.
 
-Shapes: T tokens of the micro-batch, t the tokens of this rank's sequence shard; D model width;
-h this rank's share of the (H + 2K)·E columns of the query-key-value projection, H query heads,
-K key/value heads, E head width; f this rank's share of the feed-forward width F.
+Shapes: T tokens of the micro-batch, t the tokens of this rank's sequence shard, c a chunk of
+either; D model width; h this rank's share of the (H + 2K)·E columns of the query-key-value
+projection, H query heads, K key/value heads, E head width; f this rank's share of the feed-forward
+width F.
 
     n1 = norm(x)      qkv = n1·Wqkvᵀ, rotated     o = attention(qkv)     x2 = x + o·Woᵀ
     n2 = norm(x2)     gate, up = n2·W13ᵀ          act = silu(gate)·up    z = x2 + act·W2ᵀ
@@ -10,11 +11,15 @@ K key/value heads, E head width; f this rank's share of the feed-forward width F
 Of these the policy says which are saved (`megallama.spec.saved`); the backward recomputes the rest
 with the forward's own steps, so every policy gives the same bits. Each collective is started where
 its operand is ready and yielded where its result is needed; what stands between the two hides it.
+
+The forward takes the tokens in one chunk or two. Attention needs all of them; everything from Wo to
+the next layer's Wqkv is done chunk by chunk, and with two chunks one's collectives run under the
+other's GEMMs. So a layer hands on passes that are not finished: a `Filling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,8 +27,8 @@ import torch
 from torch import Tensor
 
 from megallama.autograd.attention import attention_backward, attention_forward
-from megallama.autograd.passes import Pass, WgradQueue
-from megallama.autograd.protocols import Linear, Norm
+from megallama.autograd.passes import PAUSE, Pass, WgradQueue, in_turns
+from megallama.autograd.protocols import Linear, Norm, Tokens
 from megallama.autograd.rope import Rotation, rope_backward, rope_forward
 from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Saved, Stash
@@ -37,6 +42,14 @@ class Positions:
 
     rotation: Rotation
     segments: Segments
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A tensor (t, D) and, for each of its chunks, the pass that fills it."""
+
+    x_tD: Tensor
+    passes: Sequence[Pass[None]]
 
 
 @dataclass(frozen=True)
@@ -64,31 +77,35 @@ class DecoderLayer:
     def __init__(
         self,
         heads: Heads,
+        tokens: Tokens,
         attention: tuple[Norm, Linear, Linear],
         feed_forward: tuple[Norm, Linear, Linear],
         saves: frozenset[str],
     ) -> None:
-        self.heads = heads
+        self.heads, self.tokens = heads, tokens
         self.norm1, self.wqkv, self.wo = attention
         self.norm2, self.w13, self.w2 = feed_forward
         self.saves = saves
 
     def forward(
-        self, x_tD: Tensor, positions: Positions, stash: Stash | None, key: Hashable
-    ) -> Pass[Tensor]:
-        """Return the layer's output (t, D). Without a stash nothing is saved: evaluation."""
-        n1_tD = self.norm1.forward(x_tD, (yield self.norm1.weight()))
-        qkv_Th = yield from self._project_qkv(n1_tD, positions)
+        self, x: Filling, positions: Positions, stash: Stash | None, key: Hashable
+    ) -> Pass[Filling]:
+        """Return the layer's output. Without a stash nothing is saved: evaluation."""
+        x_tD = x.x_tD
+        n1_tD = torch.empty_like(x_tD) if "n1" in self.saves else None
+        n2_tD = torch.empty_like(x_tD) if "n2" in self.saves else None
+        qkv_Th = yield from self._project_qkv(x_tD, x.passes, n1_tD, positions)
         o_Th, lse_TH = self._attend(qkv_Th, positions)
-        x2_tD = yield from self._project_out(o_Th, x_tD)
-        n2_tD = self.norm2.forward(x2_tD, (yield self.norm2.weight()))
-        gate_up_Tf = yield from self._project_up(n2_tD)
-        z_tD = yield from self._project_down(swiglu_forward(gate_up_Tf), x2_tD)
+        x2_tD, z_tD = torch.empty_like(x_tD), torch.empty_like(x_tD)
+        w13_fD = yield self.w13.weight()
+        gate_up_Tf = qkv_Th.new_empty(len(qkv_Th), len(w13_fD))
+        residuals = yield from self._project_out(o_Th, x_tD, x2_tD)
+        passes = yield from self._feed_forward(residuals, x2_tD, n2_tD, gate_up_Tf, z_tD)
         if stash is not None:
             saved = dict(x=x_tD, n1=n1_tD, qkv=qkv_Th, o=o_Th, lse=lse_TH)
             saved |= dict(x2=x2_tD, n2=n2_tD, gate_up=gate_up_Tf)
-            stash.put(key, {name: t for name, t in saved.items() if name in self.saves})
-        return z_tD
+            stash.put(key, {n: t for n, t in saved.items() if n in self.saves and t is not None})
+        return Filling(z_tD, passes)
 
     def backward(
         self, dz_tD: Tensor, positions: Positions, saved: Saved, queue: WgradQueue
@@ -98,11 +115,30 @@ class DecoderLayer:
         dx2_tD = yield from self._feed_forward_backward(dz_tD, saved, queue)
         return (yield from self._attention_backward(dx2_tD, positions, saved, queue))
 
-    # The forward's steps, which a recomputing backward takes again.
+    # The forward's steps. Those up to attention, a recomputing backward takes again.
 
-    def _project_qkv(self, n1_tD: Tensor, positions: Positions) -> Pass[Tensor]:
-        n1_TD = yield self.wqkv.gather(n1_tD)
-        qkv_Th = self.wqkv.forward(n1_TD, (yield self.wqkv.weight()))
+    def _project_qkv(
+        self,
+        x_tD: Tensor,
+        before: Sequence[Pass[None]],
+        n1_tD: Tensor | None,
+        positions: Positions,
+    ) -> Pass[Tensor]:
+        """qkv (T, h), once the passes `before` have filled x; n1 is kept where asked for."""
+        norm_w, w_hD = (yield self.norm1.weight()), (yield self.wqkv.weight())
+        qkv_Th = x_tD.new_empty(self.tokens.whole_rows(len(x_tD)), len(w_hD))
+
+        def chunk(
+            fill: Pass[None], x_cD: Tensor, n1_cD: Tensor | None, qkv_ch: Tensor
+        ) -> Pass[None]:
+            yield from fill
+            n_cD = self.norm1.forward(x_cD, norm_w)
+            if n1_cD is not None:
+                n1_cD.copy_(n_cD)
+            self.wqkv.forward((yield self.tokens.gather_chunk(n_cD)), w_hD, out=qkv_ch)
+
+        pieces = zip(before, *map(self._chunks, (x_tD, n1_tD, qkv_Th)), strict=True)
+        yield from in_turns([chunk(*piece) for piece in pieces])
         rope_forward(self.heads.rotated(qkv_Th), positions.rotation)
         return qkv_Th
 
@@ -110,37 +146,69 @@ class DecoderLayer:
         o_THE, lse_TH = attention_forward(*self.heads.split(qkv_Th), positions.segments)
         return o_THE.flatten(1), lse_TH
 
-    def _project_out(self, o_Th: Tensor, x_tD: Tensor) -> Pass[Tensor]:
-        out_TD = self.wo.forward(o_Th, (yield self.wo.weight()))
-        return (yield self.wo.scatter(out_TD)).add_(x_tD)
+    def _project_out(self, o_Th: Tensor, x_tD: Tensor, x2_tD: Tensor) -> Pass[Sequence[Pass[None]]]:
+        """Passes that fill the chunks of x2."""
+        w_Dh = yield self.wo.weight()
 
-    def _project_up(self, n2_tD: Tensor) -> Pass[Tensor]:
-        n2_TD = yield self.w13.gather(n2_tD)
-        return self.w13.forward(n2_TD, (yield self.w13.weight()))
+        def chunk(o_ch: Tensor, x_cD: Tensor, x2_cD: Tensor) -> Pass[None]:
+            out_cD = yield self.tokens.scatter_chunk(self.wo.forward(o_ch, w_Dh))
+            torch.add(x_cD, out_cD, out=x2_cD)
 
-    def _project_down(self, act_Tf: Tensor, x2_tD: Tensor) -> Pass[Tensor]:
-        out_TD = self.w2.forward(act_Tf, (yield self.w2.weight()))
-        return (yield self.w2.scatter(out_TD)).add_(x2_tD)
+        pieces = zip(*map(self._chunks, (o_Th, x_tD, x2_tD)), strict=True)
+        return [chunk(*piece) for piece in pieces]
+
+    def _feed_forward(
+        self,
+        before: Sequence[Pass[None]],
+        x2_tD: Tensor,
+        n2_tD: Tensor | None,
+        gate_up_Tf: Tensor,
+        z_tD: Tensor,
+    ) -> Pass[Sequence[Pass[None]]]:
+        """Passes that fill the chunks of gate_up and z, each after the one before that fills x2."""
+        norm_w = yield self.norm2.weight()
+        w13_fD, w2_Df = (yield self.w13.weight()), (yield self.w2.weight())
+
+        def chunk(
+            fill: Pass[None], x2_cD: Tensor, n2_cD: Tensor | None, gate_up_cf: Tensor, z_cD: Tensor
+        ) -> Pass[None]:
+            yield from fill
+            n_cD = self.norm2.forward(x2_cD, norm_w)
+            if n2_cD is not None:
+                n2_cD.copy_(n_cD)
+            self.w13.forward((yield self.tokens.gather_chunk(n_cD)), w13_fD, out=gate_up_cf)
+            yield PAUSE  # the other chunk's norm and the start of its all-gather fit in here
+            act_cf = swiglu_forward(gate_up_cf)
+            out_cD = yield self.tokens.scatter_chunk(self.w2.forward(act_cf, w2_Df))
+            torch.add(x2_cD, out_cD, out=z_cD)
+
+        pieces = zip(before, *map(self._chunks, (x2_tD, n2_tD, gate_up_Tf, z_tD)), strict=True)
+        return [chunk(*piece) for piece in pieces]
+
+    def _chunks(self, x: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * self.tokens.chunks if x is None else self.tokens.split(x)
 
     # The backward.
 
     def _restore(self, saved: Saved, positions: Positions) -> Pass[None]:
         """Recompute what the attention half did not save."""
         if "qkv" not in saved:
-            n1_tD = self.norm1.forward(saved["x"], (yield self.norm1.weight()))
-            saved["qkv"] = yield from self._project_qkv(n1_tD, positions)
+            done = [_nothing() for _ in range(self.tokens.chunks)]
+            saved["qkv"] = yield from self._project_qkv(saved["x"], done, None, positions)
         if "o" not in saved:
             saved["o"], saved["lse"] = self._attend(saved["qkv"], positions)
         if "x2" not in saved:
-            saved["x2"] = yield from self._project_out(saved["o"], saved["x"])
+            saved["x2"] = torch.empty_like(saved["x"])
+            passes = yield from self._project_out(saved["o"], saved["x"], saved["x2"])
+            yield from in_turns(passes)
 
     def _feed_forward_backward(
         self, dz_tD: Tensor, saved: Saved, queue: WgradQueue
     ) -> Pass[Tensor]:
-        dz = self.w2.gather(dz_tD)
+        dz = self.tokens.gather(dz_tD)
         x2_tD, norm_w = saved.pop("x2"), (yield self.norm2.weight())
         n2_tD = saved.pop("n2") if "n2" in saved else self.norm2.forward(x2_tD, norm_w)
-        n2 = self.w13.gather(n2_tD)
+        n2 = self.tokens.gather(n2_tD)
         dz_TD = yield dz
         dact_Tf = self.w2.dgrad(dz_TD, (yield self.w2.weight()))
         w13 = yield self.w13.weight()
@@ -151,7 +219,7 @@ class DecoderLayer:
             n2 = Done(n2_TD)  # a handle is waited for once
             gate_up_Tf = self.w13.forward(n2_TD, w13)
         dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf)
-        dn2 = self.w13.scatter(self.w13.dgrad(dgate_up_Tf, w13))
+        dn2 = self.tokens.scatter(self.w13.dgrad(dgate_up_Tf, w13))
         n2_TD = yield n2
         queue.defer(partial(self.w2.wgrad, dz_TD, act_Tf))
         queue.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD))
@@ -161,15 +229,15 @@ class DecoderLayer:
     def _attention_backward(
         self, dx2_tD: Tensor, positions: Positions, saved: Saved, queue: WgradQueue
     ) -> Pass[Tensor]:
-        dx2 = self.wo.gather(dx2_tD)
+        dx2 = self.tokens.gather(dx2_tD)
         x_tD, norm_w = saved.pop("x"), (yield self.norm1.weight())
         n1_tD = saved.pop("n1") if "n1" in saved else self.norm1.forward(x_tD, norm_w)
-        n1 = self.wqkv.gather(n1_tD)
+        n1 = self.tokens.gather(n1_tD)
         dx2_TD = yield dx2
         do_Th = self.wo.dgrad(dx2_TD, (yield self.wo.weight()))
         o_Th = saved["o"]
         dqkv_Th = self._attend_backward(do_Th, positions, saved)
-        dn1 = self.wqkv.scatter(self.wqkv.dgrad(dqkv_Th, (yield self.wqkv.weight())))
+        dn1 = self.tokens.scatter(self.wqkv.dgrad(dqkv_Th, (yield self.wqkv.weight())))
         n1_TD = yield n1
         queue.defer(partial(self.wo.wgrad, dx2_TD, o_Th))
         queue.defer(partial(self.wqkv.wgrad, dqkv_Th, n1_TD))
@@ -192,3 +260,8 @@ class DecoderLayer:
         rope_backward(gradients[1], positions.rotation, out=dk)
         dv.copy_(gradients[2])
         return dqkv_Th
+
+
+def _nothing() -> Pass[None]:
+    """The pass before a tensor that is there."""
+    yield from ()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 
-def linear_forward(x_TI: Tensor, w_OI: Tensor) -> Tensor:
-    """(T, I) · (O, I) → (T, O)."""
-    return x_TI @ w_OI.T
+def linear_forward(x_TI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
+    """(T, I) · (O, I) → (T, O), into `out` where given."""
+    return torch.mm(x_TI, w_OI.T, out=out)
 
 
 def linear_dgrad(dy_TO: Tensor, w_OI: Tensor) -> Tensor:

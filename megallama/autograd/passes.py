@@ -1,53 +1,62 @@
 """A pass is a coroutine: it yields a handle where it needs a value, and the driver waits for it.
 
-The pass never waits itself, so whoever drives it decides what runs meanwhile. Here that is the
-queue of deferred weight gradients. What runs when is a function of the passes alone; the driver
-never asks whether a handle is complete, so every rank issues its collectives in the same order.
+The pass never waits itself, so whoever drives it decides what runs meanwhile: nothing, a deferred
+weight gradient, or another pass (`in_turns`). What runs when is a function of the passes alone; the
+driver never asks whether a handle is complete, so every rank issues its collectives in the same
+order.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import chain, cycle
+from typing import Any, Final, TypeVar
 
-from megallama.dist.handle import Handle
+from megallama.dist.handle import Done, Handle
 
 T = TypeVar("T")
 
 #: A coroutine that yields handles, is sent their values, and returns a T.
 Pass = Generator[Handle[Any], Any, T]
 
+#: Yielded where a pass waits for nothing and another may take its turn.
+PAUSE: Final = Done(None, cover=1)
+
 
 class WgradQueue:
     """Weight gradients that a backward pass has put off, run first in, first out.
 
     The order of a weight's additions is the order of the backward passes, whatever hides what, so
-    overlap changes no bit.
+    overlap changes no bit. Without `overlap` nothing is put off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overlap: bool = True) -> None:
+        self._overlap = overlap
         self._deferred: deque[Callable[[], None]] = deque()
 
     def defer(self, wgrad: Callable[[], None]) -> None:
         """Put `wgrad` off to a later wait."""
         self._deferred.append(wgrad)
+        if not self._overlap:
+            self.run(1)
 
     def __len__(self) -> int:
         return len(self._deferred)
 
-    def run_one(self) -> None:
-        """Run the oldest weight gradient that was put off, if there is one."""
-        if self._deferred:
+    def run(self, count: int) -> None:
+        """Run the oldest `count` weight gradients that were put off, or as many as there are."""
+        for _ in range(min(count, len(self._deferred))):
             self._deferred.popleft()()
 
 
 def drive(coroutine: Pass[T], queue: WgradQueue | None = None) -> T:
     """Run a pass to its end and return its value.
 
-    Before each wait for a collective one weight gradient of the queue runs, to hide it; whatever is
-    left at the end runs then. One a wait, because a collective is about as long as one weight
-    gradient, and the next wait has none of its own (docs/design.md, "The layer").
+    Before each wait as many weight gradients of the queue run as the handle's `cover` says; what is
+    left at the end runs then. An all-gather or reduce-scatter has a cover of one, because it takes
+    about as long as one weight gradient, and the next wait would have none of its own
+    (docs/design.md, "The layer").
     """
     queue = WgradQueue() if queue is None else queue
     value: Any = None
@@ -55,10 +64,44 @@ def drive(coroutine: Pass[T], queue: WgradQueue | None = None) -> T:
         try:
             handle = coroutine.send(value)
         except StopIteration as end:
-            while queue:
-                queue.run_one()
+            queue.run(len(queue))
             result: T = end.value
             return result
-        if handle.collective:
-            queue.run_one()
+        queue.run(handle.cover)
         value = handle.wait()
+
+
+def in_turns(passes: Sequence[Pass[Any]]) -> Pass[None]:
+    """Run one pass, or two that hide each other's collectives.
+
+    A turn ends where a pass yields a handle with a cover, and the handle is waited for when the
+    pass has its next turn. The first pass has one turn more at the start, so that from then on one
+    of the two computes while the other communicates: in lock-step both would wait at once.
+    """
+    if len(passes) == 1:
+        yield from passes[0]
+        return
+    first, second = passes
+    waiting: dict[Pass[Any], Handle[Any]] = dict.fromkeys(passes, Done(None))
+    for each in _turns(first, second):
+        if each in waiting:
+            yield from _take_turn(each, waiting)
+        if not waiting:
+            return
+
+
+def _turns(first: Pass[Any], second: Pass[Any]) -> Iterator[Pass[Any]]:
+    return chain((first, second, first), cycle((first, second)))
+
+
+def _take_turn(each: Pass[Any], waiting: dict[Pass[Any], Handle[Any]]) -> Pass[None]:
+    handle = waiting.pop(each)
+    while True:
+        value = yield handle
+        try:
+            handle = each.send(value)
+        except StopIteration:
+            return
+        if handle.cover:
+            waiting[each] = handle
+            return

@@ -6,6 +6,7 @@ knows shards, groups and buffers. With one process every collective is done befo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -13,27 +14,54 @@ from torch import Tensor
 from megallama.dist.handle import Handle
 
 
-class Linear(Protocol):
-    """A linear layer whose weight is a shard: y = x·wᵀ.
+class Tokens(Protocol):
+    """How the tensor ranks share a micro-batch's tokens, and the collectives at the borders.
 
-    Column-parallel: `gather` makes the input whole, `scatter` sums and divides the input's
-    gradient. Row-parallel: `scatter` sums and divides the output, `gather` makes the output's
-    gradient whole.
+    Between the linears each rank has t of the T tokens (all of them without sequence parallelism).
+    The t are made of `chunks` equal chunks that can travel one by one.
     """
 
+    chunks: int
+
+    def whole_rows(self, t: int) -> int:
+        """T, of a shard with t rows."""
+        ...
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """The chunks of a tensor with t or T rows, as views."""
+        ...
+
+    def gather_chunk(self, x_cD: Tensor) -> Handle[Tensor]:
+        """Start making the ranks' shards of a chunk whole."""
+        ...
+
+    def scatter_chunk(self, y_CD: Tensor) -> Handle[Tensor]:
+        """Start summing partial results of a whole chunk over ranks; each keeps its tokens."""
+        ...
+
     def gather(self, x_tD: Tensor) -> Handle[Tensor]:
-        """Start making sequence shards (t, D) whole (T, D)."""
+        """`gather_chunk` of all chunks: (t, D) → (T, D)."""
         ...
 
     def scatter(self, y_TD: Tensor) -> Handle[Tensor]:
-        """Start summing partial results (T, D) over ranks, each keeping its tokens (t, D)."""
+        """`scatter_chunk` of all chunks: (T, D) → (t, D)."""
         ...
+
+
+class Linear(Protocol):
+    """A linear layer whose weight is a shard: y = x·wᵀ.
+
+    Column-parallel: its input is gathered before, its input's gradient scattered after.
+    Row-parallel: its output is scattered after, its output's gradient gathered before.
+    """
 
     def weight(self) -> Handle[Tensor]:
         """Ask for the weight in the compute dtype."""
         ...
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        """x·wᵀ, into `out` where given."""
+        ...
 
     def dgrad(self, dy: Tensor, w: Tensor) -> Tensor: ...
 

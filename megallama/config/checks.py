@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
-from math import gcd, isqrt
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,21 @@ def _tensor_splits_kv_heads(kv_heads: int, tensor: int) -> Faults:
 
 
 def _tensor_splits_sequence(
-    sequence_length: int, micro_batch: int, tensor: int, sequence_parallel: bool
+    sequence_length: int, tensor: int, sequence_parallel: bool, overlap: str
 ) -> Faults:
-    if sequence_parallel and sequence_length * micro_batch % tensor:
-        nearest = _multiples(sequence_length, tensor // gcd(tensor, micro_batch))
+    if tensor == 1:
+        return
+    chunks = 2 if overlap == "full" else 1
+    unit = chunks * (tensor if sequence_parallel else 1)
+    if sequence_length % unit:
+        why = f"parallel.tensor={tensor}" if sequence_parallel else ""
+        if chunks == 2:
+            why = " x ".join(filter(None, [why, "the 2 chunks of parallel.overlap=full"]))
         yield Fault(
             at("train.sequence_length", sequence_length),
-            f"times train.micro_batch={micro_batch} is not a multiple of parallel.tensor={tensor}",
-            f"the nearest that fits is {nearest}, or set parallel.sequence_parallel=false",
+            f"is not a multiple of {why}",
+            f"the nearest that fits is {_multiples(sequence_length, unit)}"
+            + (", or set parallel.sequence_parallel=false" if sequence_parallel else ""),
         )
 
 
@@ -227,7 +234,7 @@ CHECKS: tuple[tuple[Callable[..., Faults], str], ...] = (
     (_tensor_splits_ffn, "model.ffn parallel.tensor"),
     (
         _tensor_splits_sequence,
-        "train.sequence_length train.micro_batch parallel.tensor parallel.sequence_parallel",
+        "train.sequence_length parallel.tensor parallel.sequence_parallel parallel.overlap",
     ),
     (_batch, "train.global_batch train.micro_batch parallel.data"),
     (_length, "train.steps train.tokens"),

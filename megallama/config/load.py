@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from megallama.config.checks import cross_check
-from megallama.config.faults import Fault, at, explain, shorten
+from megallama.config.faults import Fault, explain, shorten
 from megallama.config.schema import Config
 from megallama.errors import ConfigError
 
@@ -68,18 +68,6 @@ def parse_config(mapping: Mapping[str, Any], name: str = "run") -> Config:
 def config_to_yaml(config: Config) -> str:
     """YAML with every key of the config, which loads to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def check_supported(config: Config, processes: int = 1) -> None:
-    """Raises ConfigError where more is asked for than this version runs: one process."""
-    sizes = config.parallel.model_dump(include={"tensor", "pipeline", "data"})
-    asked = {f"parallel.{axis}": size for axis, size in sizes.items()} | {"--nproc": processes}
-    faults = [
-        Fault(at(key, size), "this version runs one process", "set it to 1")
-        for key, size in asked.items()
-        if size not in (1, None)
-    ]
-    _refuse(faults)
 
 
 def _build(mapping: Mapping[str, Any], name: str, faults: list[Fault]) -> Config:

@@ -198,7 +198,9 @@ class Parallel(Section):
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "1f1b"
     """Order of forward and backward passes in the pipeline."""
     overlap: Literal["none", "backward", "full"] = "backward"
-    """Which passes hide their tensor-parallel communication under compute."""
+    """Which passes hide their communication under compute; full: the forward in two chunks too."""
+    gradient_wire: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients travel between data ranks; they are added in fp32 either way."""
 
 
 class Optimizer(Section):

@@ -1,8 +1,8 @@
 """Initial weights: a pure function of (seed, tensor name, global index), whatever the layout.
 
 Every element has its own draw of a counter-based generator (Philox, keyed by seed and name), so any
-rows of any tensor can be made without the rest. The draw becomes normal through the inverse of the
-normal distribution function, one number in, one number out.
+rectangle of any tensor can be made without the rest. The draw becomes normal through the inverse of
+the normal distribution function, one number in, one number out.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor
 from megallama.parallel.state import ParameterState
 from megallama.spec.parameters import Part
 
-ROWS_ELEMENTS = 1 << 22  # elements made at a time: 32 MiB of fp64
+BLOCK_ELEMENTS = 1 << 22  # elements made at a time: 32 MiB of fp64
 
 
 def initialize(state: ParameterState, seed: int) -> None:
-    """Fill the masters, and the weights that follow from them."""
-    parts = {part.name: part for parameter in state.table for part in parameter.parts}
-    for name, tensor in state.parts(state.masters):
-        fill_rows(tensor, parts[name], seed, first_row=0)
-    state.refresh_weights()
+    """Fill the masters: every rank makes its own rectangles and no others."""
+    for piece, tensor in state.pieces(state.masters):
+        fill(tensor, piece.part, piece.start, seed)
 
 
-def fill_rows(tensor: Tensor, part: Part, seed: int, first_row: int) -> None:
-    """Fill `tensor` with the rows of the part that begin at `first_row`."""
+def fill(tensor: Tensor, part: Part, start: tuple[int, ...], seed: int) -> None:
+    """Fill `tensor` with the rectangle of its shape that begins at `start` of the part."""
     if part.init_std is None:
         tensor.fill_(1.0)
         return
-    columns = part.numel // part.shape[0]
-    block = max(1, ROWS_ELEMENTS // columns)
-    for row in range(0, len(tensor), block):
-        rows = tensor[row : row + block]
-        uniform = _uniform(part.name, seed, (first_row + row) * columns, rows.numel())
+    (rows, columns), width = tensor.shape, part.shape[1]
+    # Whole rows are one stretch of the stream; narrower ones are a stretch each.
+    height = max(1, BLOCK_ELEMENTS // columns) if columns == width else 1
+    for row in range(0, rows, height):
+        block = tensor[row : row + height]
+        first = (start[0] + row) * width + start[1]
+        uniform = _uniform(part.name, seed, first, block.numel())
         normal = torch.special.ndtri(torch.from_numpy(uniform)).mul_(part.init_std)
-        rows.copy_(normal.view(rows.shape))
+        block.copy_(normal.view(block.shape))
 
 
 def _uniform(name: str, seed: int, start: int, count: int) -> np.ndarray:

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from megallama.autograd.head import Head
-from megallama.autograd.layer import DecoderLayer, Heads, Positions
+from megallama.autograd.layer import DecoderLayer, Filling, Heads, Positions
 from megallama.autograd.linear import linear_forward
 from megallama.autograd.passes import Pass, WgradQueue
 from megallama.autograd.rope import RotationTable, rope_frequencies
 from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Stash
 from megallama.config.schema import Model
-from megallama.dist.group import Group
 from megallama.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megallama.parallel.norm import SequenceParallelRMSNorm
 from megallama.parallel.state import ParameterState
-from megallama.parallel.vocab import VocabParallelEmbedding, VocabParallelOutput
+from megallama.parallel.tokens import TokenShards
+from megallama.parallel.vocab import VocabParallelEmbedding, VocabParallelOutput, vocab_shard
 from megallama.spec.parameters import FINAL_NORM, layer_name
 from megallama.spec.saved import POLICIES
 
@@ -39,29 +39,30 @@ class MicroBatch:
 
 
 class Llama:
-    """The model's passes. Weights live in `state`; groups are arguments."""
+    """The model's passes, for one tensor rank. Weights live in `state`."""
 
     def __init__(
-        self, config: Model, state: ParameterState, tensor_group: Group, policy: str
+        self, config: Model, state: ParameterState, tokens: TokenShards, policy: str
     ) -> None:
-        self.config, self.state = config, state
-        self.embedding = VocabParallelEmbedding(state, tensor_group)
+        self.config, self.state, self.tokens = config, state, tokens
+        vocab = vocab_shard(config.vocab, tokens)
+        self.embedding = VocabParallelEmbedding(state, tokens, vocab)
         self.layers = [
-            _decoder_layer(config, state, tensor_group, index, POLICIES[policy])
+            _decoder_layer(config, state, tokens, index, POLICIES[policy])
             for index in range(config.layers)
         ]
         norm = SequenceParallelRMSNorm(FINAL_NORM, state, config.norm_eps)
-        self.head = Head(norm, VocabParallelOutput(state, tensor_group))
+        self.head = Head(norm, tokens, VocabParallelOutput(state, vocab))
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
-        self.rotations = RotationTable(frequencies, state.wide, state.flat_weights.device)
+        self.rotations = RotationTable(frequencies, state.wide, state.device)
 
     def forward(self, batch: MicroBatch, stash: Stash | None) -> Pass[Tensor]:
         """Return each token's loss (T,), zero where the label is IGNORE.
 
         With a stash every layer leaves its saved set there for `backward`, which must follow.
         """
-        x_tD = yield from self._hidden(batch.tokens_T, batch.positions, stash)
-        return (yield from self.head.forward(x_tD, batch.labels_T, stash, "head"))
+        x = yield from self._hidden(batch.tokens_T, batch.positions, stash)
+        return (yield from self.head.forward(x, batch.labels_T, stash, "head"))
 
     def backward(self, batch: MicroBatch, stash: Stash, queue: WgradQueue) -> Pass[None]:
         """Add the gradients of the summed loss to the gradient buffers."""
@@ -73,11 +74,10 @@ class Llama:
         yield from self.embedding.backward(dz_tD, batch.tokens_T)
 
     def logits(self, tokens_T: Tensor, positions: Positions) -> Pass[Tensor]:
-        """The logits (T, V) of every token."""
-        x_tD = yield from self._hidden(tokens_T, positions, None)
-        norm, output = self.head.norm, self.head.output
-        n_TD = yield output.gather(norm.forward(x_tD, (yield norm.weight())))
-        return linear_forward(n_TD, (yield output.weight()))
+        """The logits (T, v) of every token over this rank's share of the vocabulary."""
+        x = yield from self._hidden(tokens_T, positions, None)
+        n_TD = yield from self.head.normalised(x)
+        return linear_forward(n_TD, (yield self.head.output.weight()))
 
     def positions(self, lengths: Sequence[Sequence[int]]) -> Positions:
         """Positions of samples made of documents of these lengths; each document starts at 0."""
@@ -85,27 +85,29 @@ class Llama:
         positions_T = torch.cat([torch.arange(length) for length in segments.lengths])
         return Positions(self.rotations.at(positions_T, segments.longest), segments)
 
-    def _hidden(self, tokens_T: Tensor, positions: Positions, stash: Stash | None) -> Pass[Tensor]:
-        x_tD = yield from self.embedding.forward(tokens_T)
+    def _hidden(self, tokens_T: Tensor, positions: Positions, stash: Stash | None) -> Pass[Filling]:
+        x = yield from self.embedding.forward(tokens_T)
         for index, layer in enumerate(self.layers):
-            x_tD = yield from layer.forward(x_tD, positions, stash, index)
-        return x_tD
+            x = yield from layer.forward(x, positions, stash, index)
+        return x
 
 
 def _decoder_layer(
-    config: Model, state: ParameterState, group: Group, index: int, saves: frozenset[str]
+    config: Model, state: ParameterState, tokens: TokenShards, index: int, saves: frozenset[str]
 ) -> DecoderLayer:
     def norm(name: str) -> SequenceParallelRMSNorm:
         return SequenceParallelRMSNorm(layer_name(index, name), state, config.norm_eps)
 
     def column(name: str) -> ColumnParallelLinear:
-        return ColumnParallelLinear(layer_name(index, name), state, group)
+        return ColumnParallelLinear(layer_name(index, name), state)
 
     def row(name: str) -> RowParallelLinear:
-        return RowParallelLinear(layer_name(index, name), state, group)
+        return RowParallelLinear(layer_name(index, name), state)
 
+    ranks = tokens.group.size
     return DecoderLayer(
-        Heads(config.heads // group.size, config.kv_heads // group.size, config.head_width),
+        Heads(config.heads // ranks, max(1, config.kv_heads // ranks), config.head_width),
+        tokens,
         (norm("attention_norm"), column("wqkv"), row("wo")),
         (norm("ffn_norm"), column("w13"), row("w2")),
         saves,

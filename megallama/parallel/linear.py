@@ -3,7 +3,7 @@
 Both run the same three GEMMs on the shard that this rank holds. They differ in what is divided:
 a column-parallel weight by its outputs, so its input must be whole and its input's gradient is a
 partial sum; a row-parallel one by its inputs, so its output is a partial sum and its output's
-gradient must be whole.
+gradient must be whole. The collectives that follow from that are `TokenShards`'.
 """
 
 from __future__ import annotations
@@ -11,34 +11,28 @@ from __future__ import annotations
 from torch import Tensor
 
 from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
-from megallama.dist.group import Group
 from megallama.dist.handle import Handle
 from megallama.parallel.state import ParameterState
 
 
 class ParallelLinear:
-    """A linear's shard: its GEMMs, and the collectives that surround them."""
+    """A linear's shard and its GEMMs."""
 
-    def __init__(self, name: str, state: ParameterState, group: Group) -> None:
-        self.name, self.state, self.group = name, state, group
-
-    def gather(self, x_tD: Tensor) -> Handle[Tensor]:
-        return self.group.all_gather(x_tD)
-
-    def scatter(self, y_TD: Tensor) -> Handle[Tensor]:
-        return self.group.reduce_scatter(y_TD)
+    def __init__(self, name: str, state: ParameterState) -> None:
+        self.name, self.state = name, state
 
     def weight(self) -> Handle[Tensor]:
         return self.state.weight(self.name)
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return linear_forward(x, w)
+    def forward(self, x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        return linear_forward(x, w, out)
 
     def dgrad(self, dy: Tensor, w: Tensor) -> Tensor:
         return linear_dgrad(dy, w)
 
     def wgrad(self, dy: Tensor, x: Tensor) -> None:
         linear_wgrad(dy, x, self.state.gradients[self.name])
+        self.state.landed(self.name)
 
 
 class ColumnParallelLinear(ParallelLinear):

@@ -1,4 +1,7 @@
-"""RMSNorm of a sequence shard: every rank normalises its own tokens with the whole weight."""
+"""RMSNorm of a sequence shard: every rank normalises its own tokens with the whole weight.
+
+Its weight's gradient is then a sum over this rank's tokens only; `zero` adds the ranks' together.
+"""
 
 from __future__ import annotations
 
@@ -22,4 +25,6 @@ class SequenceParallelRMSNorm:
         return rms_norm_forward(x_tD, w_D, self.eps)
 
     def backward(self, dn_tD: Tensor, x_tD: Tensor, w_D: Tensor) -> Tensor:
-        return rms_norm_backward(dn_tD, x_tD, w_D, self.state.gradients[self.name], self.eps)
+        dx_tD = rms_norm_backward(dn_tD, x_tD, w_D, self.state.gradients[self.name], self.eps)
+        self.state.landed(self.name)
+        return dx_tD

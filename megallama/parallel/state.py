@@ -1,8 +1,13 @@
-"""The tensors behind the parameters: compute weights, gradients and masters.
+"""The tensors behind the parameters: compute weights, gradients and masters, as one rank has them.
 
-All parameters of a kind lie in one flat buffer, in the table's order. Masters and gradients are
-fp32 (fp64 under fp64); the weights that the passes multiply by are a bf16 copy of the masters, or
-the masters themselves where the compute dtype is theirs.
+Weights and gradients are those of the tensor rank's shard, all of it, because the passes need it.
+Masters, like the optimizer's moments, are this data rank's rows of that (ZeRO-1). All tensors of a
+kind lie in one flat buffer, in the table's order, each padded to a multiple of the data ranks in
+rows; padding is zero and stays so.
+
+Masters and gradients are fp32 (fp64 under fp64); the weights that the passes multiply by are
+rounded to bf16 from the masters. Where the compute dtype is the masters', these are views of the
+weights.
 
 A tied output projection is the embedding's weight with a gradient buffer of its own: the sum of the
 two gradients is then made in one place, whatever stage each came from.
@@ -10,21 +15,29 @@ two gradients is then made in one place, whatever stage each came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from megallama.dist.handle import Done, Handle
-from megallama.spec.parameters import EMBEDDING, OUTPUT, Parameter
+from megallama.spec.parameters import EMBEDDING, OUTPUT
+from megallama.spec.shards import Piece, Shard
+
+Tensors = dict[str, Tensor]
 
 
 class ParameterState:
-    """Weights, gradients and masters of a parameter table."""
+    """Weights, gradients and masters of a table of shards, by the parameter's name.
+
+    `weights` and `gradients` are what the passes use; `padded_weights` and `padded_gradients` the
+    same with their padding; `masters` and `own_gradients` this data rank's rows.
+    """
 
     def __init__(
         self,
-        table: Sequence[Parameter],
+        table: Sequence[Shard],
         compute: torch.dtype,
         device: torch.device,
         tied: bool = False,
@@ -32,52 +45,75 @@ class ParameterState:
         self.table = tuple(table)
         self.compute = compute
         self.wide = torch.promote_types(compute, torch.float32)
+        self.device = device
         self.tied = tied
-        numel = sum(parameter.numel for parameter in table)
-        self.flat_masters = torch.zeros(numel, dtype=self.wide, device=device)
-        self.masters = self._views(self.flat_masters)
-        self.flat_weights = self.flat_masters
-        if compute != self.wide:
-            self.flat_weights = torch.zeros(numel, dtype=compute, device=device)
-        self.weights = self._views(self.flat_weights)
-        tied_numel = self.masters[EMBEDDING].numel() if tied else 0
-        self.flat_gradients = torch.zeros(numel + tied_numel, dtype=self.wide, device=device)
-        self.gradients = self._views(self.flat_gradients[:numel])
+        self.arriving: dict[str, Handle[Tensor]] = {}
+        self.on_landed: Callable[[str], None] | None = None
+        self.padded_weights = _tensors({s.name: s.padded_shape for s in table}, compute, device)
+        self.weights = self._without_padding(self.padded_weights)
+        shapes = {s.name: s.padded_shape for s in table}
+        if tied:
+            shapes[OUTPUT] = shapes[EMBEDDING]
+        self.padded_gradients = _tensors(shapes, self.wide, device)
+        self.gradients = self._without_padding(self.padded_gradients)
+        self.own_gradients = self._own_rows(self.padded_gradients)
+        if compute == self.wide:
+            self.masters = self._own_rows(self.padded_weights)
+        else:
+            self.masters = _tensors({s.name: s.own_shape for s in table}, self.wide, device)
         if tied:
             self.weights[OUTPUT] = self.weights[EMBEDDING]
-            tied_gradient = self.flat_gradients[numel:]
-            self.gradients[OUTPUT] = tied_gradient.view_as(self.masters[EMBEDDING])
+            rows = len(self.weights[EMBEDDING])
+            self.gradients[OUTPUT] = self.padded_gradients[OUTPUT][:rows]
 
     def weight(self, name: str) -> Handle[Tensor]:
-        """The parameter in the compute dtype."""
-        return Done(self.weights[name])
+        """The parameter in the compute dtype; it may still be arriving from the data ranks."""
+        return self.arriving.pop(name, None) or Done(self.weights[name])
+
+    def landed(self, name: str) -> None:
+        """Say that a micro-batch's gradient of this parameter is in its buffer."""
+        if self.on_landed:
+            self.on_landed(name)
 
     def zero_gradients(self) -> None:
-        self.flat_gradients.zero_()
+        for gradient in self.padded_gradients.values():
+            gradient.zero_()
 
     def fold_tied_gradient(self) -> None:
         """Add the tied output projection's gradient to the embedding's, once a step."""
         if self.tied:
             self.gradients[EMBEDDING].add_(self.gradients[OUTPUT])
 
-    def refresh_weights(self) -> None:
-        """Round the masters to the compute dtype, after they changed."""
-        if self.flat_weights is not self.flat_masters:
-            self.flat_weights.copy_(self.flat_masters)
+    def round_masters(self) -> None:
+        """Round the masters into this data rank's rows of the weights, after they changed."""
+        if self.compute != self.wide:
+            for name, rows in self._own_rows(self.padded_weights).items():
+                rows.copy_(self.masters[name])
 
-    def parts(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Each part's name and its rows of `tensors`, which are keyed by parameter."""
-        for parameter in self.table:
-            rows = [part.shape[0] for part in parameter.parts]
-            pieces = tensors[parameter.name].split(rows)
-            yield from zip((part.name for part in parameter.parts), pieces, strict=True)
+    def pieces(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        """The rectangles that tensors of this data rank's rows hold, and views of them."""
+        for shard in self.table:
+            for piece in shard.own_pieces:
+                yield piece, tensors[shard.name][piece.rows]
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes of each kind of buffer."""
-        weights = 0 if self.flat_weights is self.flat_masters else self.flat_weights.nbytes
-        masters, gradients = self.flat_masters.nbytes, self.flat_gradients.nbytes
-        return {"masters": masters, "weights": weights, "gradients": gradients}
+        kinds = {"weights": self.padded_weights, "gradients": self.padded_gradients}
+        if self.compute != self.wide:
+            kinds["masters"] = self.masters
+        return {kind: sum(t.nbytes for t in tensors.values()) for kind, tensors in kinds.items()}
 
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split([parameter.numel for parameter in self.table])
-        return {p.name: piece.view(p.shape) for p, piece in zip(self.table, pieces, strict=True)}
+    def _without_padding(self, tensors: Tensors) -> Tensors:
+        return {s.name: tensors[s.name][: s.shape[0]] for s in self.table}
+
+    def _own_rows(self, tensors: Tensors) -> Tensors:
+        return {s.name: tensors[s.name][s.own_rows] for s in self.table}
+
+
+def _tensors(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> Tensors:
+    """Zeros of these shapes in one flat buffer."""
+    sizes = [prod(shape) for shape in shapes.values()]
+    pieces = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
+    return {n: piece.view(shapes[n]) for n, piece in zip(shapes, pieces, strict=True)}

@@ -1,0 +1,169 @@
+"""ZeRO-1 (arXiv 1910.02054): data ranks share the optimizer's work by rows of every parameter.
+
+A bucket's gradients are reduce-scattered as soon as the last of them has landed in the step's last
+micro-batch, under what is left of the backward. After the update its weights are all-gathered, all
+buckets in the order in which the next forward asks for them, under that forward.
+
+Some rectangles are held by several tensor ranks: the norms' weights, and key/value heads where
+there are fewer than ranks. Each rank's gradient of these is a part of the sum. The parts are added
+last, when data parallelism has divided them: sums commute, and fewer bytes move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megallama.dist.group import Group
+from megallama.dist.handle import Handle
+from megallama.parallel.state import ParameterState
+from megallama.spec.buckets import buckets
+from megallama.spec.parameters import EMBEDDING, OUTPUT
+
+
+@dataclass(frozen=True)
+class ZeroGroups:
+    """The groups that gradients are summed over.
+
+    `data` for all; `tensor` for the norms, or None where every tensor rank has the whole sum
+    already (no sequence parallelism); `key_value` for replicated key/value heads.
+    """
+
+    data: Group
+    tensor: Group | None
+    key_value: Group
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A weight on its way with the others of its bucket."""
+
+    bucket: Handle[None]
+    weight: Tensor
+
+    @property
+    def cover(self) -> int:
+        return self.bucket.cover
+
+    def wait(self) -> Tensor:
+        self.bucket.wait()
+        return self.weight
+
+
+class Zero:
+    """Reduces gradients and gathers weights, bucket by bucket."""
+
+    def __init__(
+        self, state: ParameterState, groups: ZeroGroups, wire: torch.dtype | None = None
+    ) -> None:
+        self.state, self.groups, self.wire = state, groups, wire
+        self.buckets = buckets([shard.parameter for shard in state.table])
+        self._bucket_of = {name: names for names in self.buckets for name in names}
+        if state.tied:
+            self._bucket_of[OUTPUT] = self._bucket_of[EMBEDDING]
+        self._missing: dict[tuple[str, ...], set[str]] = {}
+        self._reducing: list[Handle[None]] = []
+        state.on_landed = self._landed
+
+    def expect_last_micro_batch(self) -> None:
+        """From now on a gradient that lands is complete."""
+        for name, bucket in self._bucket_of.items():
+            self._missing.setdefault(bucket, set()).add(name)
+
+    def finish_gradients(self) -> None:
+        """Wait until this data rank's rows of every gradient are the sum over all ranks.
+
+        Raises:
+            RuntimeError: a gradient has not landed, which is a bug.
+        """
+        if self._missing:
+            names = sorted(set().union(*self._missing.values()))
+            raise RuntimeError(f"no gradient has landed for {names}")
+        for handle in self._reducing:
+            handle.wait()
+        self._reducing.clear()
+        sums = [_sum_over(self.groups.key_value, self._key_value_gradients())]
+        if self.groups.tensor is not None:
+            sums.append(_sum_over(self.groups.tensor, self._norm_gradients()))
+        for total in sums:
+            total.finish()
+
+    @contextmanager
+    def changing_masters(self) -> Iterator[None]:
+        """Masters may change within; then the weights follow, on their way to every data rank."""
+        for handle in self.state.arriving.values():
+            handle.wait()  # masters may be views of what is still being sent
+        self.state.arriving.clear()
+        yield
+        self.state.round_masters()
+        for bucket in self.buckets:
+            tensors = [self.state.padded_weights[name] for name in bucket]
+            arrival = _Once(self.groups.data.all_gather_rows(tensors))
+            for name in bucket:
+                self.state.arriving[name] = _Arriving(arrival, self.state.weights[name])
+        if self.state.tied:
+            self.state.arriving[OUTPUT] = self.state.arriving[EMBEDDING]
+
+    def _landed(self, name: str) -> None:
+        bucket = self._bucket_of[name]
+        missing = self._missing.get(bucket)
+        if missing is None:
+            return  # an earlier micro-batch
+        missing.remove(name)
+        if not missing:
+            del self._missing[bucket]
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: tuple[str, ...]) -> None:
+        if EMBEDDING in bucket:
+            self.state.fold_tied_gradient()
+        gradients = [self.state.padded_gradients[name] for name in bucket]
+        self._reducing.append(self.groups.data.reduce_scatter_rows(gradients, self.wire))
+
+    def _norm_gradients(self) -> list[Tensor]:
+        table = self.state.table
+        return [self.state.own_gradients[s.name] for s in table if s.parameter.shard_dim is None]
+
+    def _key_value_gradients(self) -> list[Tensor]:
+        """What this rank has of heads that are held by several ranks."""
+        pieces = self.state.pieces(self.state.own_gradients)
+        return [gradient for piece, gradient in pieces if piece.part.heads and piece.copies > 1]
+
+
+class _Once:
+    """A handle that several wait for."""
+
+    def __init__(self, handle: Handle[None]) -> None:
+        self._handle: Handle[None] | None = handle
+        self.cover = handle.cover
+
+    def wait(self) -> None:
+        if self._handle:
+            self._handle.wait()
+            self._handle, self.cover = None, 0
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """An all-reduce of several tensors under way."""
+
+    tensors: Sequence[Tensor]
+    total: Handle[Tensor] | None
+
+    def finish(self) -> None:
+        """Put the sums in place of the parts."""
+        if self.total is None:
+            return
+        pieces = self.total.wait().split([t.numel() for t in self.tensors])
+        for tensor, piece in zip(self.tensors, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def _sum_over(group: Group, tensors: Sequence[Tensor]) -> _Sum:
+    if group.size == 1 or not tensors:
+        return _Sum(tensors, None)
+    return _Sum(tensors, group.all_reduce(torch.cat([t.flatten() for t in tensors])))

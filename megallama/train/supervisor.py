@@ -1,0 +1,255 @@
+"""Local workers under one parent: the first failure's code is the job's, and nobody lingers.
+
+torchrun turns every failing code into 1 and lets survivors wait for their dead peer. Here the
+parent forks the workers, hosts their store, passes signals on, and ends all of them when one fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from megallama.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    EXIT_STOPPED,
+    LostError,
+    UserError,
+)
+from megallama.train.local_worker import LOCALHOST, REPORT_LENGTH, Failure, LocalWorker, Work
+from megallama.train.process import open_store
+from megallama.train.signals import CODES, StopSignals
+
+#: Codes of a worker that ended as it should: the largest is the job's.
+GOOD_CODES = (EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED)
+#: Seconds to wait after the first failure, by the weight of the likeliest cause so far.
+PATIENCE = (0.0, 1.0, 5.0)
+#: Seconds that workers have to leave after a second Ctrl-C.
+HURRY = 1.0
+#: Bytes of a whole report: JSON writes up to six for a character.
+REPORT_BYTES = 8 * REPORT_LENGTH
+
+
+def supervise(count: int, work: Work) -> int:
+    """Do `work` in `count` workers; return 0, or 130 or 75 if any was stopped by a signal.
+
+    Where a worker raised something unexpected, its traceback is printed, and 1 returned.
+
+    Raises:
+        UserError: as the first failing worker raised it; the others were killed.
+        LostError: a worker was killed by a signal, or could not be started.
+        KeyboardInterrupt: Ctrl-C was pressed twice.
+        BrokenPipeError: nobody reads the output any more.
+    """
+    with StopSignals() as stop:
+        # Forked from a parent that has torch and the job's modules, 8 workers start in 0.1 s; each
+        # would take seconds to import them. This is safe because the parent starts no thread, runs
+        # no tensor operation and asks CUDA for nothing before the forks.
+        import megallama.train.job  # noqa: F401
+
+        with Inbox() as inbox, socket.create_server((LOCALHOST, 0)) as listener:
+            if stop.code is not None:  # nothing has run that would need saving
+                return stop.code
+            team = Team(inbox)
+            try:
+                team.start(count, work, listener)
+                # The store outlives every rank. Faster workers wait in the socket's queue.
+                store = open_store(
+                    *listener.getsockname(),
+                    is_master=True,
+                    master_listen_fd=os.dup(listener.fileno()),  # the store closes it
+                )
+                team.wait()
+                del store
+            finally:
+                team.kill()
+        return team.outcome()
+
+
+class Inbox:
+    """While entered, signals and the workers' reports arrive here and interrupt nothing."""
+
+    def __enter__(self) -> Inbox:
+        # Datagrams: whole messages from any number of workers, in the order of sending.
+        self._reports, self.sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REPORT_BYTES)
+        self._signals, self._waker = socket.socketpair()
+        for end in (self._reports, self._signals, self._waker):
+            end.setblocking(False)
+        # Python writes the number of every signal that has a handler to this socket.
+        self._wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        numbers = (*CODES, signal.SIGCHLD)
+        self._handlers = {n: signal.signal(n, lambda number, frame: None) for n in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        for end in (self._reports, self.sender, self._signals, self._waker):
+            end.close()
+
+    def leave_to_parent(self) -> None:
+        """In a worker: signals are its own from here on, and it may only send."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for end in (self._reports, self._signals, self._waker):
+            end.close()
+
+    def wait(self, seconds: float | None) -> None:
+        select.select([self._reports, self._signals], [], [], seconds)
+
+    def signals(self) -> bytes:
+        """The numbers of the signals that arrived since the last call, in their order."""
+        with suppress(BlockingIOError):
+            return self._signals.recv(4096)
+        return b""
+
+    def reports(self) -> Iterator[Failure]:
+        """The reports that arrived since the last call."""
+        with suppress(BlockingIOError):
+            while True:
+                yield Failure(**json.loads(self._reports.recv(REPORT_BYTES)))
+
+
+class Team:
+    """The workers, and what became of them."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self.inbox = inbox
+        self.alive: dict[int, int] = {}  # process id → rank
+        self.code = EXIT_DONE
+        self.failures: list[Failure] = []
+        self.interrupts = 0
+
+    def start(self, count: int, work: Work, listener: socket.socket) -> None:
+        """Fork the workers. A signal that arrives meanwhile waits in the inbox for all of them.
+
+        Raises:
+            LostError: the system has no room for one more process.
+        """
+        sys.stdout.flush()  # or every worker would write what is still in the buffer
+        sys.stderr.flush()
+        parent, port = os.getpid(), listener.getsockname()[1]
+        # A worker's signals wait until its own handlers are there.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
+        try:
+            for rank in range(count):
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        listener.close()
+                        self.inbox.leave_to_parent()
+                        LocalWorker(rank, count, port, self.inbox.sender).live(work, parent)
+                    finally:
+                        os._exit(EXIT_FAILED)  # whatever happens, the stack is the parent's
+                self.alive[pid] = rank
+                with suppress(OSError):  # as the worker does: whoever comes first
+                    os.setpgid(pid, pid)
+        except OSError as error:
+            raise LostError(
+                f"--nproc {count}: worker {len(self.alive)} cannot be started "
+                f"({error.strerror}); ask for fewer or free the machine"
+            ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def wait(self) -> None:
+        """Pass signals on until every worker ended, or one failed and its cause is known."""
+        failed_at = hurried_at = None
+        while self.alive:
+            limit = None
+            if hurried_at is not None:
+                limit = hurried_at + HURRY - time.monotonic()
+            elif failed_at is not None:
+                limit = failed_at + PATIENCE[self._cause().weight] - time.monotonic()
+            if limit is not None and limit <= 0:
+                return
+            self.inbox.wait(limit)
+            self._forward(self.inbox.signals())
+            self._reap()
+            if self.failures and failed_at is None:
+                failed_at = time.monotonic()
+            if self.interrupts > 1 and hurried_at is None:
+                hurried_at = time.monotonic()
+
+    def kill(self) -> None:
+        """End whoever is left, with what it started, and collect it."""
+        for pid in self.alive:
+            with suppress(ProcessLookupError, PermissionError):  # it ended, uncollected
+                os.killpg(pid, signal.SIGKILL)
+        while self.alive:
+            pid = next(iter(self.alive))
+            os.waitpid(pid, 0)
+            del self.alive[pid]
+
+    def outcome(self) -> int:
+        """Return or raise what `supervise` does."""
+        cause = self._cause() if self.failures else None
+        if self.interrupts > 1 or (cause and cause.kind == "interrupt"):
+            raise KeyboardInterrupt
+        if cause is None:
+            return self.code
+        if cause.kind == "pipe":
+            raise BrokenPipeError
+        if cause.kind == "traceback":
+            print(f"rank {cause.rank}: {cause.text}", end="", file=sys.stderr)
+            return cause.code
+        raise self._error(cause)
+
+    def _forward(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if number in CODES:
+                self.interrupts += number == signal.SIGINT
+                for pid in self.alive:
+                    os.kill(pid, number)  # not collected yet, so the id is still the worker's
+
+    def _reap(self) -> None:
+        """Collect whoever ended."""
+        ended = [os.waitpid(pid, os.WNOHANG) for pid in self.alive]
+        # A worker reports before it ends: what those who ended had to say is here by now.
+        self.failures += self.inbox.reports()
+        for pid, status in ended:
+            if pid == 0:  # it still runs
+                continue
+            rank, code = self.alive.pop(pid), os.waitstatus_to_exitcode(status)
+            if code < 0:
+                self.failures.append(_killed(rank, -code))
+            elif code in GOOD_CODES:
+                self.code = max(self.code, code)
+            elif all(failure.rank != rank for failure in self.failures):
+                text = f"rank {rank} ended with exit code {code}"
+                self.failures.append(Failure(rank, code, text, "code"))
+
+    def _cause(self) -> Failure:
+        """The first of the failures that hardly follow from another one."""
+        return min(self.failures, key=lambda failure: failure.weight)
+
+    def _error(self, cause: Failure) -> UserError:
+        """The cause as an error. It names its rank unless the ranks agree and rank 0 is of them."""
+        similar = [failure for failure in self.failures if failure.weight == cause.weight]
+        agreed = {failure.text for failure in similar} == {cause.text}
+        shared = agreed and any(failure.rank == 0 for failure in similar)
+        prefix = "" if shared or cause.kind != "error" else f"rank {cause.rank}: "
+        kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
+        kind = kinds.get(cause.code, UserError) if cause.kind == "error" else LostError
+        error = kind(prefix + cause.text)
+        error.exit_code = cause.code
+        return error
+
+
+def _killed(rank: int, number: int) -> Failure:
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    text = f"rank {rank} was killed by {name}"
+    if number == signal.SIGKILL:
+        text += ", maybe for want of memory: dmesg tells"
+    return Failure(rank, EXIT_LOST, text, name)

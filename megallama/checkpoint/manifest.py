@@ -92,18 +92,17 @@ def read_manifest(directory: Path) -> Manifest:
         raise CorruptError(f"{path}: damaged; use an older checkpoint")
     if version != VERSION:
         raise CorruptError(f"{path}: format version {version}, this megallama reads {VERSION}")
-    tensors = {
-        name: Entry(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            tuple(
-                Slice(**{**s, "start": tuple(s["start"]), "shape": tuple(s["shape"])})
-                for s in entry["slices"]
-            ),
-        )
-        for name, entry in body["tensors"].items()
-    }
+    tensors = {name: entry_from_json(entry) for name, entry in body["tensors"].items()}
     return Manifest(body["state"], body["config"], body["tokenizer_hash"], body["sources"], tensors)
+
+
+def entry_from_json(entry: dict[str, Any]) -> Entry:
+    """An entry from its fields as JSON has them, with lists for tuples."""
+    slices = tuple(
+        Slice(**{**s, "start": tuple(s["start"]), "shape": tuple(s["shape"])})
+        for s in entry["slices"]
+    )
+    return Entry(entry["dtype"], tuple(entry["shape"]), slices)
 
 
 def _text(body: dict[str, Any]) -> bytes:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from megallama.checkpoint.manifest import (
     Entry,
     Manifest,
     Slice,
+    entry_from_json,
     read_manifest,
     write_manifest,
 )
@@ -43,27 +44,66 @@ def committed_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _directories(folder) if (path / MANIFEST).exists()]
 
 
-def save_checkpoint(directory: Path, tensors: Mapping[str, Tensor], facts: Manifest) -> None:
-    """Write a checkpoint; it exists once this returns and not before.
+@dataclass(frozen=True)
+class Rectangle:
+    """What one rank writes of a global tensor: `data` is its rectangle that begins at `start`."""
 
-    `facts` is the manifest but for its tensors, which are added here.
+    name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    data: Tensor
 
-    What the directory holds, such as an unfinished or damaged checkpoint, is written anew.
+
+def begin_checkpoint(directory: Path) -> None:
+    """Make the directory; one rank does it, before any writes.
+
+    What is there, such as an unfinished or damaged checkpoint, is deleted.
 
     Raises:
-        ConfigError: the disk refuses (no space, no permission); other checkpoints are untouched.
+        ConfigError: the disk refuses; other checkpoints are untouched.
     """
-    file = directory / "rank-00000.safetensors"
     with refuse_os_errors("write", directory):
         _delete(directory)
         directory.mkdir(parents=True)
+
+
+def write_rank(directory: Path, rank: int, rectangles: Sequence[Rectangle]) -> str:
+    """Write and sync a rank's file; the text returned is for `commit_checkpoint`.
+
+    Raises:
+        ConfigError: the disk refuses (no space, no permission).
+    """
+    if not rectangles:
+        return "{}"
+    file = directory / f"rank-{rank:05d}.safetensors"
+    tensors = {r.name: r.data.detach().contiguous().cpu() for r in rectangles}
+    with refuse_os_errors("write", directory):
         try:
-            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, file)
+            save_file(tensors, file)
         except SafetensorError as error:  # safetensors' own, for the system's refusal too
             raise ConfigError(f"cannot write {file}: {error}") from error
-        for path in (file, directory, directory.parent):
+        sync_path(file)
+        entries = _describe(file, rectangles)
+    return json.dumps({name: asdict(entry) for name, entry in entries.items()})
+
+
+def commit_checkpoint(directory: Path, ranks: Sequence[str], facts: Manifest) -> None:
+    """Make the written files a checkpoint: it exists once this returns and not before.
+
+    `ranks` are what `write_rank` returned; `facts` is the manifest but for its tensors.
+
+    Raises:
+        ConfigError: the disk refuses.
+    """
+    entries: dict[str, Entry] = {}
+    for text in ranks:
+        for name, raw in json.loads(text).items():
+            new = entry_from_json(raw)
+            slices = entries[name].slices + new.slices if name in entries else new.slices
+            entries[name] = replace(new, slices=slices)
+    with refuse_os_errors("write", directory):
+        for path in (directory, directory.parent):
             sync_path(path)
-        entries = _describe(file)
     write_manifest(directory, replace(facts, tensors=entries))
 
 
@@ -109,8 +149,8 @@ class Checkpoint:
         self.manifest = read_manifest(directory)
         self._checked: set[str] = set()
 
-    def read(self, name: str) -> Tensor:
-        """The whole global tensor, verified.
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
+        """A rectangle of the global tensor, or all of it, verified.
 
         Raises:
             CorruptError: it is not there, or a slice's bytes do not match their hash.
@@ -118,13 +158,14 @@ class Checkpoint:
         entry = self.manifest.tensors.get(name)
         if entry is None:
             raise CorruptError(f"{self.directory}: holds no tensor {name!r}; use another")
-        whole = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        region = region or tuple(slice(0, n) for n in entry.shape)
+        wanted = torch.empty([r.stop - r.start for r in region], dtype=_DTYPES[entry.dtype])
         for piece in entry.slices:
-            raw = self._bytes(name, piece)
-            ranges = zip(piece.start, piece.shape, strict=True)
-            target = whole[tuple(slice(start, start + size) for start, size in ranges)]
-            target.copy_(torch.frombuffer(raw, dtype=whole.dtype).view(piece.shape))
-        return whole
+            target, source = _overlap(region, piece)
+            if all(s.start < s.stop for s in source):
+                raw = torch.frombuffer(self._bytes(name, piece), dtype=wanted.dtype)
+                wanted[target] = raw.view(piece.shape)[source]
+        return wanted
 
     def verify(self) -> None:
         """Read everything once; raises CorruptError at the first damage."""
@@ -181,13 +222,26 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]
     return found
 
 
-def _describe(path: Path) -> dict[str, Entry]:
-    """The entries of a file that holds whole tensors, hashed as they were written."""
+def _overlap(
+    region: tuple[slice, ...], piece: Slice
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a region and a slice of the same tensor meet: within the region, within the slice."""
+    target, source = [], []
+    for wanted, start, size in zip(region, piece.start, piece.shape, strict=True):
+        first, last = max(wanted.start, start), min(wanted.stop, start + size)
+        target.append(slice(first - wanted.start, last - wanted.start))
+        source.append(slice(first - start, last - start))
+    return tuple(target), tuple(source)
+
+
+def _describe(path: Path, rectangles: Sequence[Rectangle]) -> dict[str, Entry]:
+    """The entries of a rank's file, hashed as they were written."""
+    placed = {r.name: r for r in rectangles}
     entries = {}
     with open(path, "rb") as file:
         for name, (dtype, shape, offset, size) in _read_header(path).items():
             file.seek(offset)
             digest = xxhash.xxh3_64_hexdigest(file.read(size))
-            piece = Slice(path.name, (0,) * len(shape), shape, offset, size, digest)
-            entries[name] = Entry(dtype, shape, (piece,))
+            piece = Slice(path.name, placed[name].start, shape, offset, size, digest)
+            entries[name] = Entry(dtype, placed[name].shape, (piece,))
     return entries

@@ -23,20 +23,27 @@ def run(args: argparse.Namespace) -> int:
     """Print the figures, and write them with --json."""
     import json
 
-    from megallama.config.load import check_supported, load_config
+    from megallama.config.load import load_config
     from megallama.errors import EXIT_DONE, ConfigError
     from megallama.files import refuse_os_errors
 
     if args.steps < 1 or args.warmup < 0:
         raise ConfigError(f"--steps {args.steps} --warmup {args.warmup}: at least 1 and 0")
     config = load_config(args.config, args.overrides)
-    check_supported(config, args.nproc)
-    from megallama.train.bench import bench
+    from megallama.train.launch import launch
+    from megallama.train.process import Process
+    from megallama.train.signals import StopSignals
 
-    figures = bench(config, args.steps, args.warmup)
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.json:
-        with refuse_os_errors("write", args.json):
-            args.json.write_text(text + "\n")
-    return EXIT_DONE
+    def work(process: Process, stop: StopSignals) -> int:
+        from megallama.train.bench import bench
+
+        figures = bench(config, args.steps, args.warmup, process)
+        text = json.dumps(figures, indent=2)
+        if process.rank == 0:
+            print(text)
+        if process.rank == 0 and args.json:
+            with refuse_os_errors("write", args.json):
+                args.json.write_text(text + "\n")
+        return EXIT_DONE
+
+    return launch(args.nproc, work)

@@ -11,6 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir", metavar="RUN_DIR", type=Path, help="the run's directory, such as runs/NAME"
     )
     parser.add_argument(
+        "--against", metavar="RUN_DIR", type=Path, help="draw another run's loss too, and compare"
+    )
+    parser.add_argument(
         "--json", metavar="PATH", type=Path, help="also write the table's figures here"
     )
 
@@ -21,12 +24,19 @@ def run(args: argparse.Namespace) -> int:
 
     from megallama.errors import EXIT_DONE
     from megallama.files import refuse_os_errors
+    from megallama.train.comparison import compare
     from megallama.train.record import read_run, summarise
     from megallama.train.report import write_report
 
-    print(write_report(args.run_dir))
+    run = read_run(args.run_dir)
+    comparison = compare(run, read_run(args.against)) if args.against else None
+    print(write_report(args.run_dir, run, comparison))
+    if comparison:
+        print(comparison)
     if args.json is not None:
-        figures = json.dumps(summarise(read_run(args.run_dir)), indent=2)
+        figures = json.dumps(
+            summarise(run) | (comparison.figures() if comparison else {}), indent=2
+        )
         with refuse_os_errors("write", args.json):
             args.json.write_text(figures + "\n")
     return EXIT_DONE

@@ -23,17 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit codes: 0 done, 75 or 130 stopped after saving."""
-    from megallama.config.load import check_supported, load_config
+    from megallama.config.load import load_config
 
     config = load_config(args.config, args.overrides)
-    check_supported(config, args.nproc)
     if args.dry_run:
         from megallama.train.dry_run import dry_run
 
-        return dry_run(config)
+        return dry_run(config, args.nproc)
+    from megallama.train.launch import launch
+    from megallama.train.process import Process
     from megallama.train.signals import StopSignals
 
-    with StopSignals() as stop:  # before torch, which takes seconds to import
+    def work(process: Process, stop: StopSignals) -> int:
         from megallama.train.job import train
 
-        return train(config, args.resume, stop)
+        return train(config, args.resume, stop, process)
+
+    return launch(args.nproc, work)

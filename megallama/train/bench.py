@@ -14,16 +14,19 @@ from megallama.config.schema import Config
 from megallama.data.dataset import Batch
 from megallama.errors import DivergedError
 from megallama.optim.schedule import learning_rate
+from megallama.spec import grid
+from megallama.spec.grid import Place
 from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.device import device_name
 from megallama.train.doctor import versions
+from megallama.train.process import ALONE, Process
 from megallama.train.throughput import speed
 
 
-def bench(config: Config, steps: int, warmup: int) -> dict[str, Any]:
+def bench(config: Config, steps: int, warmup: int, process: Process = ALONE) -> dict[str, Any]:
     """Time `steps` training steps after `warmup`; rates are those of the median step."""
-    trainer = build_trainer(config)
-    batch_of = batches(config)
+    trainer = build_trainer(config, process)
+    batch_of = batches(config, trainer.place)
     seconds = [_timed_step(trainer, batch_of(i), i + 1) for i in range(warmup + steps)][warmup:]
     tokens = config.train.global_batch * config.train.sequence_length
     figures = speed(trainer, tokens, statistics.median(seconds))
@@ -39,7 +42,9 @@ def bench(config: Config, steps: int, warmup: int) -> dict[str, Any]:
         },
         **figures,
         "parameters": trainer.parameters,
-        "layout": {"tensor": 1, "pipeline": 1, "data": 1},
+        "layout": {
+            axis: getattr(trainer.place.grid, axis) for axis in ("tensor", "pipeline", "data")
+        },
         "data": "synthetic" if config.data.is_empty else "real",
         "precision": config.train.precision,
         "device": device_name(trainer.device),
@@ -61,16 +66,19 @@ def _timed_step(trainer: Trainer, batch: Batch, step: int) -> float:
     return seconds
 
 
-def batches(config: Config) -> Callable[[int], Batch]:
-    """The batch of a step: from the config's data, or uniform random tokens where it has none."""
+def batches(config: Config, place: Place = grid.ALONE) -> Callable[[int], Batch]:
+    """This data rank's samples of a step: from the config's data, or random where it has none."""
     size, length = config.train.global_batch, config.train.sequence_length
+    mine = size // place.grid.data
+    first = mine * place.along("data")
     if not config.data.is_empty:
         dataset = build_dataset(config)
-        return lambda step: dataset.batch(step * size, size)
+        return lambda step: dataset.batch(step * size + first, mine)
 
     def synthetic(step: int) -> Batch:
         generator = np.random.default_rng((config.run.seed, step))
         tokens = generator.integers(0, config.model.vocab, (size, length + 1), dtype=np.int64)
-        return Batch(tokens[:, :-1], tokens[:, 1:], np.zeros(size, dtype=np.int64), None)
+        tokens = tokens[first : first + mine]
+        return Batch(tokens[:, :-1], tokens[:, 1:], np.zeros(mine, dtype=np.int64), None)
 
     return synthetic

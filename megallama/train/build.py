@@ -1,68 +1,106 @@
-"""From a config to the objects that train it."""
+"""From a config and a process's place to the objects that train it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from megallama.config.load import check_supported
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.data.tokenizer import Tokenizer
-from megallama.dist.group import SingleGroup
+from megallama.dist.connect import Groups, connect
+from megallama.dist.group import Blocking, Group
 from megallama.errors import ConfigError
 from megallama.model.initial import initialize
 from megallama.model.llama import Llama
 from megallama.optim.adamw import AdamW
 from megallama.parallel.state import ParameterState
+from megallama.parallel.tokens import TokenShards
+from megallama.parallel.zero import Zero, ZeroGroups
+from megallama.spec import grid
+from megallama.spec.grid import Place, make_grid
 from megallama.spec.parameters import parameter_table
+from megallama.spec.shards import shard_table
 from megallama.train.device import DTYPES, choose_device, make_deterministic
+from megallama.train.process import ALONE, Process
 from megallama.train.step import TrainStep
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A model, its optimizer and its step."""
+    """A rank's model, its optimizer and its step."""
 
     config: Config
+    place: Place
+    groups: Groups
     model: Llama
+    zero: Zero
     optimizer: AdamW
     step: TrainStep
 
     @property
     def device(self) -> torch.device:
-        return self.model.state.flat_weights.device
+        return self.model.state.device
 
     @property
     def parameters(self) -> int:
-        return self.model.state.flat_masters.numel()
+        """Of the whole model."""
+        return sum(parameter.numel for parameter in parameter_table(self.config.model))
 
 
-def build_trainer(config: Config) -> Trainer:
+def build_trainer(config: Config, process: Process = ALONE, strict: bool = False) -> Trainer:
     """Everything of a run but its data, with initial weights.
 
+    `strict` has the groups compare every operation before it runs (tests, on gloo).
+
     Raises:
-        ConfigError: the config asks for what this version or this machine does not run.
+        ConfigError: the config asks for what this job's processes or this machine do not run.
+        LostError: another process does not answer.
     """
-    check_supported(config)
+    place = Place(make_grid(config, process.size), process.rank)
     train = config.train
     if train.deterministic:
         make_deterministic()
-    model = build_model(config, choose_device(config))
+    device = choose_device(config, process.local_rank)
+    members = place.groups(config.model.kv_heads)
+    groups = connect(
+        process.store, process.rank, members, device, strict=strict, hostname=process.hostname
+    )
+    model, zero = build_model(config, device, place, groups.by_name)
     state = model.state
-    optimizer = AdamW(config.optimizer, state.table, state.masters, state.gradients)
-    step = TrainStep(model, optimizer, train.micro_batch, config.optimizer.grad_clip)
-    return Trainer(config, model, optimizer, step)
+    parameters = [shard.parameter for shard in state.table]
+    optimizer = AdamW(config.optimizer, parameters, state.masters, state.own_gradients)
+    step = TrainStep(model, zero, optimizer, groups["world"], place, config)
+    return Trainer(config, place, groups, model, zero, optimizer, step)
 
 
-def build_model(config: Config, device: torch.device) -> Llama:
-    """The model with its initial weights."""
+def build_model(
+    config: Config, device: torch.device, place: Place, groups: Mapping[str, Group]
+) -> tuple[Llama, Zero]:
+    """A rank's share of the model, with its initial weights."""
+    parallel = config.parallel
+    if parallel.overlap == "none":
+        groups = {name: Blocking(group) for name, group in groups.items()}
+    tensor = groups["tensor"]
+    chunks = 2 if parallel.overlap == "full" and tensor.size > 1 else 1
+    table = shard_table(parameter_table(config.model), place)
     dtype = DTYPES[config.train.precision]
-    table = parameter_table(config.model)
     state = ParameterState(table, dtype, device, tied=config.model.tie_embeddings)
-    initialize(state, config.run.seed)
-    return Llama(config.model, state, SingleGroup(), config.train.saved_activations)
+    summed = tensor if parallel.sequence_parallel else None
+    wire = torch.bfloat16 if parallel.gradient_wire == "bf16" else None
+    zero = Zero(state, ZeroGroups(groups["data"], summed, groups["key_value"]), wire)
+    with zero.changing_masters():
+        initialize(state, config.run.seed)
+    tokens = TokenShards(tensor, parallel.sequence_parallel, chunks)
+    return Llama(config.model, state, tokens, config.train.saved_activations), zero
+
+
+def build_lone_model(config: Config, device: torch.device) -> tuple[Llama, Zero]:
+    """The whole model in this process, whatever layout the config names."""
+    members = grid.ALONE.groups(config.model.kv_heads)
+    return build_model(config, device, grid.ALONE, connect(None, 0, members, device).by_name)
 
 
 def build_dataset(config: Config) -> Dataset:

@@ -15,8 +15,10 @@ from megallama.spec.flops import peak_flops
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def choose_device(config: Config) -> torch.device:
-    """CUDA for bf16 where there is a GPU, else the CPU: flash attention on CUDA takes no fp32.
+def choose_device(config: Config, local_rank: int = 0) -> torch.device:
+    """The rank's own GPU for bf16, where there is one, else the CPU.
+
+    Flash attention on CUDA takes no fp32.
 
     Raises:
         ConfigError: a head is too wide, or of a width that the CUDA kernels do not take.
@@ -29,7 +31,13 @@ def choose_device(config: Config) -> torch.device:
             f"model.heads={config.model.heads}: heads of width {width}; on CUDA the width is a "
             "multiple of 8 up to 256; choose heads so that model.d_model / heads is"
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; start as "
+            "many processes on it"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def make_deterministic() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megallama.config.schema import Config
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import EXIT_DONE
+from megallama.spec.grid import make_grid
 from megallama.spec.memory import held_bytes
 from megallama.spec.parameters import parameter_table
 from megallama.train.build import build_dataset
@@ -13,12 +14,13 @@ from megallama.train.device import choose_device
 MIB = 1 << 20
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, processes: int = 1) -> int:
     """Validate the config and its data, show the first batch and the memory that a run takes.
 
     Raises:
         UserError: as training would.
     """
+    grid = make_grid(config, processes)
     device = choose_device(config)
     dataset = build_dataset(config)
     batch = dataset.batch(0, config.train.global_batch)
@@ -31,7 +33,7 @@ def dry_run(config: Config) -> int:
         print(f"first sample: {text[:200]!r}")
     parameters = sum(parameter.numel for parameter in parameter_table(config.model))
     print(f"parameters: {parameters:,}")
-    sizes = held_bytes(config)
+    sizes = held_bytes(config, grid)
     for name, size in sizes.items():
         print(f"{name}: {size / MIB:,.1f} MiB")
     print(f"sum, without transient buffers: {sum(sizes.values()) / MIB:,.1f} MiB")

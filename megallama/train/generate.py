@@ -14,7 +14,7 @@ from megallama.autograd.passes import drive
 from megallama.config.load import parse_config
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import ConfigError
-from megallama.train.build import build_model
+from megallama.train.build import build_lone_model
 from megallama.train.device import choose_device
 from megallama.train.host import read_back
 from megallama.train.snapshot import find_checkpoint, restore_weights
@@ -38,8 +38,8 @@ def generate(path: Path, prompt: str, count: int) -> str:
             "restore that one"
         )
     device = choose_device(config)
-    model = build_model(config, device)
-    restore_weights(model, checkpoint)
+    model, zero = build_lone_model(config, device)
+    restore_weights(model, zero, checkpoint)
     tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
     for _ in range(count):
         window = torch.tensor(tokens[-config.train.sequence_length :], device=device)

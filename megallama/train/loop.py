@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,18 @@ from typing import Any
 from megallama.checkpoint.store import checkpoint_path, prune_checkpoints
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch, Dataset
-from megallama.errors import EXIT_DONE, EXIT_STOPPED, CorruptError, DivergedError
+from megallama.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    CorruptError,
+    DivergedError,
+)
 from megallama.files import refuse_os_errors
 from megallama.optim.schedule import learning_rate
 from megallama.train.build import Trainer
 from megallama.train.console import Console
+from megallama.train.meeting import Meeting
 from megallama.train.metrics import MetricsWriter
 from megallama.train.signals import StopSignals
 from megallama.train.snapshot import Progress, save
@@ -28,7 +37,10 @@ MOST_FAILURES = 10
 
 
 class Loop:
-    """Runs steps from wherever the progress stands to the end, a stop request or the time box."""
+    """Runs steps from wherever the progress stands to the end, a stop request or the time box.
+
+    Every rank runs it, and all take the same turns; the first one writes the metrics and speaks.
+    """
 
     def __init__(
         self,
@@ -36,14 +48,17 @@ class Loop:
         dataset: Dataset,
         progress: Progress,
         console: Console,
+        meeting: Meeting,
         resumed_from: Path | None = None,
     ) -> None:
         self.trainer, self.dataset, self.progress = trainer, dataset, progress
+        self.meeting = meeting
         self.config: Config = trainer.config
         self.console = console
         self.newest = resumed_from.resolve() if resumed_from else None
         self.directory: Path = self.config.run.directory
         self.total_steps = self.config.train.total_steps
+        self.ranks = trainer.place.grid.size
 
     def run(self, stop: StopSignals) -> int:
         """Train; return the exit code. Whatever ends the loop, the last step is saved.
@@ -53,7 +68,7 @@ class Loop:
                 last was not, and it is saved beside the older checkpoints.
         """
         with ExitStack() as stack:
-            self.metrics = stack.enter_context(self._metrics())
+            self.metrics = stack.enter_context(self._metrics()) if self.meeting.leads else None
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
             code = self._steps(stop)
@@ -64,27 +79,38 @@ class Loop:
 
     def _steps(self, stop: StopSignals) -> int:
         minutes = self.config.train.max_minutes
-        deadline = time.monotonic() + 60 * minutes if minutes else None
+        deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+
+        def requests() -> tuple[bool, ...]:
+            codes = (stop.code == EXIT_STOPPED, stop.code == EXIT_INTERRUPTED)
+            return (*codes, time.monotonic() > deadline)
+
         while self.progress.step < self.total_steps:
-            self._step()
+            agreed = self._step(requests)
             every = self.config.checkpoint.every
             if every and self.progress.step % every == 0 and not self.progress.failures:
                 self._save()
-            if stop.code is not None:
-                return stop.code
-            if deadline and time.monotonic() > deadline and self.progress.step < self.total_steps:
+            # Ranks hear of a signal at different times: what they agreed on in the step counts.
+            terminated, interrupted, late = agreed if self.ranks > 1 else requests()
+            if interrupted:
+                return EXIT_INTERRUPTED
+            if terminated:
+                return EXIT_STOPPED
+            if late and self.progress.step < self.total_steps:
                 self.console.message(f"time box of {minutes:g} minutes: saving and stopping")
                 return EXIT_STOPPED
         return EXIT_DONE
 
-    def _step(self) -> None:
+    def _step(self, requests: Callable[[], tuple[bool, ...]]) -> tuple[bool, ...]:
+        """One step; returns which of `requests` a rank made during it."""
         config, progress = self.config, self.progress
         step = progress.step + 1
         began = time.perf_counter()
         lr = learning_rate(config.optimizer, step, self.total_steps)
         batch = self._batch()
         norms_every = config.log.layer_norms_every
-        result = self.trainer.step.run(batch, lr, bool(norms_every) and step % norms_every == 0)
+        layer_norms = bool(norms_every) and step % norms_every == 0
+        result = self.trainer.step.run(batch, lr, layer_norms, requests)
         seconds = time.perf_counter() - began
         progress.step = step
         progress.samples += config.train.global_batch
@@ -98,12 +124,17 @@ class Loop:
             step % config.validation.every == 0 or step == self.total_steps
         ):
             self._validate()
+        return result.requests
 
     def _batch(self) -> Batch:
+        place = self.trainer.place
+        count = self.config.train.global_batch // place.grid.data
+        first = self.progress.samples + count * place.along("data")
         try:
-            return self.dataset.batch(self.progress.samples, self.config.train.global_batch)
+            return self.dataset.batch(first, count)
         except CorruptError:
-            self._save()  # the steps up to here are sound
+            if self.ranks == 1:
+                self._save()  # the steps up to here are sound; others might not see the damage
             raise
 
     def _count(self, result: StepResult) -> None:
@@ -148,7 +179,7 @@ class Loop:
         return row
 
     def _validate(self) -> None:
-        result = validate(self.trainer.model, self.dataset)
+        result = validate(self.trainer, self.dataset)
         row = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -167,8 +198,8 @@ class Loop:
         """
         folder = self.directory / "checkpoints"
         if checkpoint_path(folder, self.progress.step).resolve() != self.newest:
-            path = save(self.trainer, self.progress, folder, self.dataset)
-            if not self.progress.failures:
+            path = save(self.trainer, self.progress, folder, self.dataset, self.meeting)
+            if self.meeting.leads and not self.progress.failures:
                 prune_checkpoints(folder, self.config.checkpoint.keep, path)
             self.newest = path.resolve()
 
@@ -180,13 +211,14 @@ class Loop:
         return writer
 
     def _log(self, row: dict[str, Any]) -> None:
-        with refuse_os_errors("write", self.metrics.path):
-            self.metrics.write(row)
+        if self.metrics:
+            with refuse_os_errors("write", self.metrics.path):
+                self.metrics.write(row)
 
     def _tracker(self) -> Tracker:
         config = self.config
         return wandb_tracker(
-            config.log.wandb,
+            config.log.wandb if self.meeting.leads else "off",
             self.directory,
             name=config.run.name,
             config=config.model_dump(mode="json"),

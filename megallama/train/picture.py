@@ -34,8 +34,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(run: RunRecord) -> bytes:
-    """The PNG: loss over learning rate, gradient norm and throughput, all against the step."""
+def draw(run: RunRecord, other: RunRecord | None = None) -> bytes:
+    """The PNG: loss over learning rate, gradient norm and throughput, all against the step.
+
+    The loss of an `other` run is drawn under it.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -47,7 +50,7 @@ def draw(run: RunRecord) -> bytes:
         )  # fmt: skip
         figure.text(0.06, 0.957, run.name, fontsize=18, fontweight="bold", va="center")
         figure.text(0.06, 0.915, subtitle(run), fontsize=11, color=MUTED, va="center")
-        _draw_loss(figure.add_subplot(grid[0, :]), run)
+        _draw_loss(figure.add_subplot(grid[0, :]), run, other)
         _draw_lr(figure.add_subplot(grid[1, 0]), run)
         _draw_grad_norm(figure.add_subplot(grid[1, 1]), run)
         _draw_throughput(figure.add_subplot(grid[1, 2]), run)
@@ -56,8 +59,10 @@ def draw(run: RunRecord) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_loss(axes: Any, run: RunRecord) -> None:
+def _draw_loss(axes: Any, run: RunRecord, other: RunRecord | None) -> None:
     figures = summarise(run)
+    if other:
+        axes.plot(*column(other.steps, "loss"), color=INK, lw=4, alpha=0.25, label=other.name)
     steps, losses = column(run.steps, "loss")
     _curve(axes, steps, losses, _with_value("training", figures["final_loss"]))
     shown = [losses]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megallama.files import write_atomic
+from megallama.train.comparison import Comparison
 from megallama.train.picture import draw, subtitle
-from megallama.train.record import RunRecord, read_run, shape_words, summarise
+from megallama.train.record import RunRecord, shape_words, summarise
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -43,24 +44,26 @@ td {{ font-variant-numeric: tabular-nums; }}
 """
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, run: RunRecord, comparison: Comparison | None = None) -> Path:
     """Write RUN_DIR/report/loss.png and index.html; returns the page's path.
 
-    Raises ConfigError where the directory holds no metrics or cannot be written.
+    Raises ConfigError where they cannot be written.
     """
-    run = read_run(run_dir)
-    picture = draw(run)
+    picture = draw(run, comparison.other if comparison else None)
     page = Path(run_dir) / "report" / "index.html"
     write_atomic(page.with_name("loss.png"), picture)
-    write_atomic(page, render_page(run, picture).encode())
+    write_atomic(page, render_page(run, picture, comparison).encode())
     return page
 
 
-def render_page(run: RunRecord, picture: bytes) -> str:
+def render_page(run: RunRecord, picture: bytes, comparison: Comparison | None = None) -> str:
     """One HTML file that needs nothing else: the picture is inside, there is no script."""
+    lines = list(_table(summarise(run)))
+    if comparison:
+        lines.append(("comparison", str(comparison)))
     rows = "\n".join(
         f"<tr><th>{html.escape(title)}</th><td>{html.escape(value)}</td></tr>"
-        for title, value in _table(summarise(run))
+        for title, value in lines
     )
     return PAGE.format(
         name=html.escape(run.name),

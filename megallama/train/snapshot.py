@@ -6,7 +6,7 @@ data order and initial weights from the config, so there is no random state to s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ from torch import Tensor
 from megallama.checkpoint.manifest import MANIFEST, Manifest
 from megallama.checkpoint.store import (
     Checkpoint,
+    Rectangle,
+    begin_checkpoint,
     checkpoint_path,
+    commit_checkpoint,
     committed_checkpoints,
-    save_checkpoint,
+    write_rank,
 )
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError, CorruptError
 from megallama.model.llama import Llama
-from megallama.parallel.state import ParameterState
+from megallama.parallel.zero import Zero
 from megallama.train.build import Trainer
+from megallama.train.meeting import Meeting
 
 MASTER = "master"
 
@@ -46,20 +50,39 @@ class Progress:
     failures: int = 0
 
 
-def save(trainer: Trainer, progress: Progress, folder: Path, dataset: Dataset) -> Path:
-    """Save a checkpoint of this step under `folder`.
+def save(
+    trainer: Trainer, progress: Progress, folder: Path, dataset: Dataset, meeting: Meeting
+) -> Path:
+    """Save a checkpoint of this step under `folder`, every rank what it owns.
 
     One of this step that is there already, such as a damaged one, is overwritten.
+
+    Raises:
+        ConfigError: a rank's disk refuses; other checkpoints are untouched.
     """
     directory = checkpoint_path(folder, progress.step)
     config = trainer.config.model_dump(mode="json")
     facts = Manifest(asdict(progress), config, dataset.tokenizer_hash, dataset.fingerprints)
-    save_checkpoint(directory, _tensors(trainer), facts)
+
+    def begin() -> str:
+        if meeting.leads:
+            begin_checkpoint(directory)
+        return ""
+
+    def write() -> str:
+        return write_rank(directory, meeting.process.rank, _tensors(trainer))
+
+    def commit(ranks: Sequence[str]) -> str:
+        commit_checkpoint(directory, ranks, facts)
+        return ""
+
+    meeting.hold(begin)
+    meeting.hold(write, commit)
     return directory
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Progress:
-    """Fill the trainer from a checkpoint.
+    """Fill the trainer from a checkpoint of any layout.
 
     Raises:
         ConfigError: it is of another model, precision, tokenizer or order of data.
@@ -67,19 +90,20 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Progr
     """
     _refuse_other_run(trainer.config, checkpoint)
     _refuse_other_data(trainer.config, checkpoint, dataset)
-    for name, tensor in _tensors(trainer).items():
-        tensor.copy_(checkpoint.read(name))
-    trainer.model.state.refresh_weights()
+    with trainer.zero.changing_masters():
+        for name, tensors in _kinds(trainer).items():
+            for piece, tensor in trainer.model.state.pieces(tensors):
+                tensor.copy_(checkpoint.read(f"{name}/{piece.part.name}", piece.region))
     progress = Progress(**checkpoint.manifest.state)
     trainer.optimizer.updates = progress.updates
     return progress
 
 
-def restore_weights(model: Llama, checkpoint: Checkpoint) -> None:
+def restore_weights(model: Llama, zero: Zero, checkpoint: Checkpoint) -> None:
     """Fill a model's weights alone."""
-    for name, tensor in model.state.parts(model.state.masters):
-        tensor.copy_(checkpoint.read(f"{MASTER}/{name}"))
-    model.state.refresh_weights()
+    with zero.changing_masters():
+        for piece, tensor in model.state.pieces(model.state.masters):
+            tensor.copy_(checkpoint.read(f"{MASTER}/{piece.part.name}", piece.region))
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -113,18 +137,24 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    state: ParameterState = trainer.model.state
-    kinds = {
-        MASTER: state.masters,
-        "exp_avg": trainer.optimizer.exp_avg,
-        "exp_avg_sq": trainer.optimizer.exp_avg_sq,
-    }
+def _kinds(trainer: Trainer) -> dict[str, Mapping[str, Tensor]]:
+    """This rank's rows of all that is saved, by kind and parameter."""
+    optimizer = trainer.optimizer
     return {
-        f"{kind}/{name}": tensor
-        for kind, tensors in kinds.items()
-        for name, tensor in state.parts(tensors)
+        MASTER: trainer.model.state.masters,
+        "exp_avg": optimizer.exp_avg,
+        "exp_avg_sq": optimizer.exp_avg_sq,
     }
+
+
+def _tensors(trainer: Trainer) -> list[Rectangle]:
+    """The rectangles that this rank writes."""
+    return [
+        Rectangle(f"{kind}/{piece.part.name}", piece.part.shape, piece.start, tensor)
+        for kind, tensors in _kinds(trainer).items()
+        for piece, tensor in trainer.model.state.pieces(tensors)
+        if piece.owned
+    ]
 
 
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:

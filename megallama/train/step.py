@@ -1,9 +1,13 @@
-"""One optimizer step: micro-batches forward and backward, the norm, the update."""
+"""One optimizer step: micro-batches forward and backward, the norm, the update.
+
+Each data rank has its own samples of the global batch. What the step reports, and whether it is
+applied, follows from one sum over all ranks, so every rank has the same answer.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,10 +16,14 @@ from torch import Tensor
 
 from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
+from megallama.config.schema import Config
 from megallama.data.dataset import Batch
+from megallama.dist.group import Group
 from megallama.model.llama import Llama, MicroBatch
 from megallama.optim.adamw import AdamW
 from megallama.optim.norm import clip_factor, squared_norms
+from megallama.parallel.zero import Zero
+from megallama.spec.grid import Place
 from megallama.spec.labels import IGNORE
 from megallama.train.host import read_back
 
@@ -33,7 +41,7 @@ class StepResult:
     """What a step did. Losses are means over valid tokens, in nats; the norm is before clipping.
 
     `applied` is False where the step was left out: no valid token, or a non-finite value, which
-    `fault` then names.
+    `fault` then names. `requests` says of each request that some rank made whether one did.
     """
 
     loss: float
@@ -43,6 +51,7 @@ class StepResult:
     source_losses: dict[int, float] = field(default_factory=dict)
     layer_norms: LayerNorms | None = None
     fault: str | None = None
+    requests: tuple[bool, ...] = ()
 
     @property
     def applied(self) -> bool:
@@ -51,7 +60,7 @@ class StepResult:
 
 def micro_batches(model: Llama, batch: Batch, size: int) -> Iterator[MicroBatch]:
     """A batch's samples as the passes take them, `size` at a time."""
-    device = model.state.flat_weights.device
+    device = model.state.device
     count, length = batch.tokens_NS.shape
     lengths = batch.document_lengths or [[length]] * count
     for first in range(0, count, size):
@@ -74,31 +83,52 @@ def valid_tokens(batch: Batch) -> np.ndarray:
 
 
 class TrainStep:
-    """A step over a model and its optimizer."""
+    """A step over a rank's model and its optimizer."""
 
     def __init__(
-        self, model: Llama, optimizer: AdamW, micro_batch: int, grad_clip: float | None
+        self,
+        model: Llama,
+        zero: Zero,
+        optimizer: AdamW,
+        world: Group,
+        place: Place,
+        config: Config,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.micro_batch, self.grad_clip = micro_batch, grad_clip
+        self.model, self.zero, self.optimizer = model, zero, optimizer
+        self.world, self.place = world, place
+        self.micro_batch, self.grad_clip = config.train.micro_batch, config.optimizer.grad_clip
+        self.overlap = config.parallel.overlap != "none"
+        # Of what every tensor rank has alike, the first one's is counted.
+        self.counts = place.along("tensor") == 0
+        self.counts_activations = self.counts or config.parallel.sequence_parallel
 
-    def run(self, batch: Batch, lr: float, layer_norms: bool = False) -> StepResult:
-        """Train on one global batch; the weights change unless the result says otherwise."""
-        state = self.model.state
-        state.zero_gradients()
+    def run(
+        self,
+        batch: Batch,
+        lr: float,
+        layer_norms: bool = False,
+        requests: Callable[[], Sequence[bool]] = tuple,
+    ) -> StepResult:
+        """Train on this data rank's samples of a global batch.
+
+        The weights change unless the result says otherwise. `requests` is asked once, late in the
+        step; its length is the same on every rank.
+        """
+        self.model.state.zero_gradients()
         losses, activations = [], []
-        for micro_batch in micro_batches(self.model, batch, self.micro_batch):
-            stash, queue = Stash(), WgradQueue()
+        size = self.micro_batch
+        count = len(batch.tokens_NS) // size
+        for index, micro_batch in enumerate(micro_batches(self.model, batch, size)):
+            if index == count - 1:
+                self.zero.expect_last_micro_batch()
+            stash, queue = Stash(), WgradQueue(self.overlap)
             loss_T = drive(self.model.forward(micro_batch, stash))
-            losses.append(sample_losses(loss_T, len(loss_T) // batch.tokens_NS.shape[1]))
+            losses.append(sample_losses(loss_T, size))
             if layer_norms:
                 activations.append(self._activation_squares(stash))
             drive(self.model.backward(micro_batch, stash, queue), queue)
-        state.fold_tied_gradient()
-        squares = squared_norms([state.gradients[p.name] for p in state.table])
-        activation = torch.stack(activations).mean(0) if activations else squares[:0]
-        host = read_back(torch.cat(losses), squares, activation)
-        result = self._result(batch, host[0], host[1], host[2])
+        self.zero.finish_gradients()
+        result = self._result(batch, torch.cat(losses), activations, requests())
         if result.applied:
             self._apply(result, lr)
         return result
@@ -106,65 +136,100 @@ class TrainStep:
     def _apply(self, result: StepResult, lr: float) -> None:
         factor = clip_factor(result.grad_norm, self.grad_clip) / result.valid_tokens
         state = self.model.state
-        divisor = torch.full((), 1 / factor, dtype=state.wide, device=state.flat_masters.device)
-        self.optimizer.step(lr, divisor)
-        state.refresh_weights()
+        divisor = torch.full((), 1 / factor, dtype=state.wide, device=state.device)
+        with self.zero.changing_masters():
+            self.optimizer.step(lr, divisor)
 
     def _result(
         self,
         batch: Batch,
-        losses: Sequence[float],
-        squares: Sequence[float],
-        activation_squares: Sequence[float],
+        losses: Tensor,
+        activations: Sequence[Tensor],
+        requests: Sequence[bool],
     ) -> StepResult:
-        counts = valid_tokens(batch)
-        valid = int(counts.sum())
+        """What all ranks together did: one collective, one transfer to the host."""
+        counts = torch.from_numpy(valid_tokens(batch))
+        sums, valids, sources, squares, activation, asked = read_back(
+            *(
+                self._in_global_batch(x)
+                for x in (losses, counts, torch.from_numpy(batch.sources_N))
+            ),
+            self._gradient_squares(),
+            torch.stack(list(activations)).sum(0) if activations else losses[:0],
+            torch.tensor(list(map(float, requests)), device=losses.device),
+            over=self.world,
+        )
+        valid = int(sum(valids))
+        tokens = len(sums) * batch.tokens_NS.shape[1]
         scale = valid or math.nan  # without a label there is no mean
-        loss, grad_norm = sum(losses) / scale, math.sqrt(sum(squares)) / scale
+        loss, grad_norm = sum(sums) / scale, math.sqrt(sum(squares)) / scale
         norms = None
-        if activation_squares:
+        if activation:
             gradient = [math.sqrt(s) / scale for s in self._by_layer(squares)]
-            norms = LayerNorms(gradient, [math.sqrt(s) for s in activation_squares])
+            elements = tokens * self.model.config.d_model
+            norms = LayerNorms(gradient, [math.sqrt(s / elements) for s in activation])
         return StepResult(
             loss,
             grad_norm,
-            batch.tokens_NS.size,
+            tokens,
             valid,
-            _by_source(batch.sources_N, losses, counts),
+            _by_source(sources, sums, valids),
             norms,
             self._fault(loss, squares) if valid else None,
+            tuple(n > 0 for n in asked),
         )
+
+    def _in_global_batch(self, x_n: Tensor) -> Tensor:
+        """This data rank's samples in their places, zeros elsewhere: (n,) → (N,) fp64."""
+        state, n = self.model.state, len(x_n)
+        x_N = torch.zeros(n * self.place.grid.data, dtype=torch.float64, device=state.device)
+        if self.counts:
+            first = n * self.place.along("data")
+            x_N[first : first + n] = x_n.to(state.device, torch.float64)
+        return x_N
+
+    def _gradient_squares(self) -> Tensor:
+        """Σ g² over this rank's own elements of each parameter, (parameters,) fp64."""
+        state = self.model.state
+        squares = torch.zeros(len(state.table), dtype=torch.float64, device=state.device)
+        for index, shard in enumerate(state.table):
+            own = [p.rows for p in shard.own_pieces if p.owned]
+            if own:
+                gradient = state.own_gradients[shard.name]
+                squares[index] = squared_norms([gradient[rows] for rows in own]).sum()
+        return squares
 
     def _fault(self, loss: float, squares: Sequence[float]) -> str | None:
         """Name what is not finite, or None."""
         if not math.isfinite(loss):
             return f"loss is {loss}"
         table = self.model.state.table
-        for parameter, square in zip(table, squares, strict=True):
+        for shard, square in zip(table, squares, strict=True):
             if not math.isfinite(square):
-                return f"the gradient of {parameter.name} is not finite"
+                return f"the gradient of {shard.name} is not finite"
         return None
 
     def _by_layer(self, squares: Sequence[float]) -> list[float]:
         sums = [0.0] * len(self.model.layers)
-        for parameter, square in zip(self.model.state.table, squares, strict=True):
-            if parameter.layer is not None:
-                sums[parameter.layer] += square
+        for shard, square in zip(self.model.state.table, squares, strict=True):
+            if shard.parameter.layer is not None:
+                sums[shard.parameter.layer] += square
         return sums
 
     def _activation_squares(self, stash: Stash) -> Tensor:
-        """The mean square of each layer's input, (L,) fp64."""
+        """The sum of squares of this rank's tokens in each layer's input, (L,) fp64."""
         inputs = [stash.peek(layer)["x"] for layer in range(len(self.model.layers))]
-        return torch.stack([x.double().square().mean() for x in inputs])
+        squares = torch.stack([x.double().square().sum() for x in inputs])
+        return squares if self.counts_activations else squares.zero_()
 
 
 def _by_source(
-    sources: np.ndarray, losses: Sequence[float], counts: np.ndarray
+    sources: Sequence[float], losses: Sequence[float], counts: Sequence[float]
 ) -> dict[int, float]:
     """The mean loss of each source that has a valid token in the batch."""
     means = {}
-    for source in np.unique(sources):
-        mine = sources == source
-        if counts[mine].sum():
-            means[int(source)] = float(np.asarray(losses)[mine].sum() / counts[mine].sum())
+    for source in sorted(set(sources)):
+        mine = [i for i, s in enumerate(sources) if s == source]
+        if valid := sum(counts[i] for i in mine):
+            means[int(source)] = sum(losses[i] for i in mine) / valid
     return means

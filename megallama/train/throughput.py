@@ -10,14 +10,17 @@ from megallama.train.device import device_peak_flops, peak_memory_bytes
 
 
 def speed(trainer: Trainer, tokens: int, seconds: float) -> dict[str, Any]:
-    """Tokens/s, TFLOP/s and utilisation of a step over `tokens`; `mfu*` None without a peak."""
+    """Tokens/s, TFLOP/s and utilisation of a step over `tokens` on all ranks.
+
+    `mfu*` is None where the device's peak is unknown; memory is this rank's.
+    """
     config, device = trainer.config, trainer.device
-    rate = tokens / seconds
+    rate = tokens / seconds / trainer.place.grid.size
     flops = rate * flops_per_token(config.model, config.train.sequence_length)
     flops_6n = rate * flops_per_token_6n(trainer.parameters)
     peak = device_peak_flops(device)
     return {
-        "tokens_per_second": rate,
+        "tokens_per_second": tokens / seconds,
         "tokens_per_second_per_gpu": rate,
         "tflops_per_gpu": flops / 1e12,
         "mfu": flops / peak if peak else None,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from megallama.autograd.passes import drive
 from megallama.data.dataset import Dataset
-from megallama.model.llama import Llama
+from megallama.train.build import Trainer
 from megallama.train.host import read_back
 from megallama.train.step import micro_batches, sample_losses, valid_tokens
 
@@ -19,19 +22,35 @@ class ValidationResult:
     by_source: dict[str, float]
 
 
-def validate(model: Llama, dataset: Dataset) -> ValidationResult:
-    """Evaluate every held-out sample, one at a time, so that no batch size changes a bit."""
+def validate(trainer: Trainer, dataset: Dataset) -> ValidationResult:
+    """Evaluate every held-out sample, one at a time, so that no layout changes a bit.
+
+    Data ranks share the samples; every rank has the result.
+    """
     sums, counts = {}, {}
     for source, name in enumerate(dataset.source_names):
-        batch = dataset.validation_batch(source, 0, dataset.order.validation_sequences)
-        losses = [
-            sample_losses(drive(model.forward(sample, None)), samples=1)
-            for sample in micro_batches(model, batch, size=1)
-        ]
-        sums[name] = sum(sum(values) for values in read_back(*losses))
-        counts[name] = int(valid_tokens(batch).sum())
+        losses, valid = read_back(*_samples(trainer, dataset, source), over=trainer.groups["world"])
+        sums[name], counts[name] = sum(losses), int(sum(valid))
     by_source = {name: _mean(sums[name], counts[name]) for name in sums}
     return ValidationResult(_mean(sum(sums.values()), sum(counts.values())), by_source)
+
+
+def _samples(trainer: Trainer, dataset: Dataset, source: int) -> tuple[Tensor, Tensor]:
+    """Loss and valid tokens of this data rank's samples in their places, zeros elsewhere."""
+    place, model = trainer.place, trainer.model
+    count, ranks = dataset.order.validation_sequences, place.grid.data
+    first = count * place.along("data") // ranks
+    last = count * (place.along("data") + 1) // ranks
+    losses, valid = torch.zeros(2, count, dtype=torch.float64, device=trainer.device).unbind()
+    if first == last:
+        return losses, valid
+    batch = dataset.validation_batch(source, first, last - first)
+    for index, sample in enumerate(micro_batches(model, batch, size=1), first):
+        losses[index : index + 1] = sample_losses(drive(model.forward(sample, None)), samples=1)
+    valid[first:last] = torch.from_numpy(valid_tokens(batch))
+    if place.along("tensor"):  # every tensor rank has them alike: the first one's count
+        return torch.zeros_like(losses), torch.zeros_like(valid)
+    return losses, valid
 
 
 def _mean(total: float, count: int) -> float:

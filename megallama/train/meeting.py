@@ -1,0 +1,107 @@
+"""Where all processes of a job come together and leave with one answer, or all with one error.
+
+For what happens seldom: starting, saving. What happens every step is a collective.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from megallama import errors
+from megallama.errors import LostError, UserError
+from megallama.train.process import Process
+
+#: The longest that a process waits for the slowest of the others, who may be writing a checkpoint.
+PATIENCE = timedelta(minutes=60)
+
+
+def _first(results: Sequence[str]) -> str:
+    return results[0]
+
+
+class Meeting:
+    """The meetings of one process, in the order in which every process holds them."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self._round = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that speaks and writes for all."""
+        return self.process.rank == 0
+
+    def hold(self, do: Callable[[], str], conclude: Callable[[Sequence[str]], str] = _first) -> str:
+        """Every process does `do`; rank 0 draws the conclusion that all of them return.
+
+        `conclude` is given the results by rank. Without it the answer is rank 0's own result.
+
+        Raises:
+            UserError: one that any process met, the lowest rank's, on every process.
+            LostError: a process did not come.
+        """
+        answer = _attempt(do)
+        if self.process.store is not None:
+            return _result(self._exchange(answer, conclude))
+        return conclude([_result(answer)])
+
+    def adjourn(self) -> None:
+        """Leave, rank 0 last: it may be the host of the store that the others still read from.
+
+        Raises:
+            LostError: a process did not come.
+        """
+        store, rank = self.process.store, self.process.rank
+        if store is None:
+            return
+        try:
+            if not self.leads:
+                store.set(f"megallama/left/{rank}", "")
+                return
+            for other in range(1, self.process.size):
+                store.wait([f"megallama/left/{other}"], PATIENCE)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> LostError:
+        """Of an error of torch's stores, which are RuntimeErrors."""
+        return LostError(
+            f"rank {self.process.rank}: another rank did not come ({error}); try again"
+        )
+
+    def _exchange(self, answer: str, conclude: Callable[[Sequence[str]], str]) -> str:
+        store, size = self.process.store, self.process.size
+        assert store is not None
+        place = f"megallama/meeting/{self._round}"
+        self._round += 1
+        try:
+            store.set(f"{place}/{self.process.rank}", answer)
+            if self.leads:
+                answers = []
+                for rank in range(size):
+                    store.wait([f"{place}/{rank}"], PATIENCE)
+                    answers.append(store.get(f"{place}/{rank}").decode())
+                    store.delete_key(f"{place}/{rank}")
+                store.set(place, _attempt(lambda: conclude([_result(a) for a in answers])))
+            store.wait([place], PATIENCE)
+            return store.get(place).decode()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+
+def _attempt(do: Callable[[], str]) -> str:
+    """The result or the error of `do`, as text for the other processes."""
+    try:
+        return json.dumps({"result": do()})
+    except UserError as error:
+        return json.dumps({"error": type(error).__name__, "message": str(error)})
+
+
+def _result(answer: str) -> str:
+    fields = json.loads(answer)
+    if "error" in fields:
+        raise getattr(errors, fields["error"])(fields["message"])
+    result: str = fields["result"]
+    return result

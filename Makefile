@@ -1,14 +1,16 @@
 # make demo      train a small LLaMA on this machine, from text to a report
 # make test      lint and test
 # make install   .venv with the `megallama` command
+# make test-layouts, make fuzz N=200   every layout against the reference; random combinations
 # make bench-cpu compare a training step with Hugging Face's, in one run
+# make bench-network   how much communication is hidden, between two network namespaces (root)
 
 # The paths of configs/cpu-tiny.yaml.
 override RUN := runs/demo
 DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
-.PHONY: demo train-demo install lint test bench-cpu clean
+.PHONY: demo train-demo install lint test test-layouts fuzz bench-cpu bench-network clean
 .DELETE_ON_ERROR:
 
 demo: train-demo
@@ -49,8 +51,21 @@ lint: .venv/installed-test
 test: lint
 	.venv/bin/python -m pytest
 
+# N combinations of seed SEED; a failing one is printed as the command that repeats it.
+N := 200
+SEED := 0
+
+test-layouts: .venv/installed-test
+	.venv/bin/python -m tests.layouts --all
+
+fuzz: .venv/installed-test
+	.venv/bin/python -m tests.layouts --fuzz $(N) --seed $(SEED)
+
 bench-cpu: .venv/installed-test
 	.venv/bin/python benchmarks/training_step.py --json benchmarks/results/training-step-cpu.json
+
+bench-network: .venv/installed-test
+	.venv/bin/python benchmarks/overlap_network.py --json benchmarks/results/overlap-network.json
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,180 @@
+"""The table's own parts: cases as text, the covering, the reference's optimizer, the comparison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.layouts.case import Case
+from tests.layouts.compare import Piece, RankStep, compare
+from tests.layouts.covering import AXES, CORNERS, TRIPLE, default_table, full_table
+from tests.layouts.fuzz import draw
+from tests.layouts.problem import batch, problem_of, share_of, solve
+from tests.reference import IGNORED, plain
+
+
+@pytest.mark.parametrize("table", [default_table(), full_table()], ids=["default", "all"])
+def test_a_table_covers_what_it_says(table):
+    assert table.pairs[0] == table.pairs[1]
+    assert [case.faults() for case in table.cases if case.faults()] == []
+    assert table.cases[-len(CORNERS) :] == CORNERS
+    # Counted anew, from the cases.
+    seen = {(c.tensor, c.data, c.overlap, c.policy) for c in table.cases[: -len(CORNERS)]}
+    assert len(seen) == table.triples[0]
+    fields = ("overlap", "policy", "kv_heads", "labels", "precision", "tied", "vocab")
+    for one, other in combinations(fields, 2):
+        pairs = {(getattr(c, one), getattr(c, other)) for c in table.cases[: -len(CORNERS)]}
+        sizes = {field: len({getattr(c, field) for c in table.cases[:-5]}) for field in fields}
+        assert len(pairs) == sizes[one] * sizes[other], (one, other)
+
+
+def test_the_full_table_covers_every_triple():
+    wanted = np.prod([len(AXES[axis]) for axis in TRIPLE])
+    assert full_table().triples == (wanted, wanted)
+
+
+def test_tables_and_fuzz_are_the_same_every_time():
+    assert full_table() == full_table()
+    cases = [draw(1, number) for number in range(60)]
+    assert cases == [draw(1, number) for number in range(60)]
+    assert len(set(cases)) == 60
+    for case in cases:
+        assert case.faults() == []
+        assert Case.parse(str(case)) == case
+
+
+@pytest.mark.parametrize("text", ["tensors=2", "tied=yes", "tensor=two"])
+def test_a_case_is_not_guessed(text):
+    with pytest.raises(ValueError):
+        Case.parse(text)
+
+
+CASE = Case(data=2, labels="empty_rank", micro_batches=2, masked=True)
+
+
+def test_batches_are_what_their_kind_says():
+    whole = batch(problem_of(CASE), 0)
+    first, last = (share_of(whole, rank, 2) for rank in range(2))
+    assert (first.labels_NS != IGNORED).any()
+    assert (last.labels_NS == IGNORED).all()
+    assert [sum(lengths) for lengths in whole.document_lengths] == [CASE.sequence] * 4
+    empty = problem_of(replace(CASE, labels="empty_step"))
+    assert [(batch(empty, n).labels_NS != IGNORED).any() for n in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("labels", ["some", "empty_step"])
+def test_the_reference_is_torch_s_optimizer_on_autograd(labels):
+    problem = problem_of(replace(CASE, labels=labels))
+    reference = solve(problem)
+    weights = {name: w.clone().requires_grad_() for name, w in reference.initial.items()}
+    decay = {False: [w for w in weights.values() if w.dim() == 1]}
+    decay[True] = [w for w in weights.values() if w.dim() == 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay[True], "weight_decay": 0.1}, {"params": decay[False]}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-5,
+        weight_decay=0.0,
+    )
+    clipped = []
+    for number, step in enumerate(reference.steps):
+        whole = batch(problem, number)
+        labels_BS = torch.from_numpy(whole.labels_NS)
+        if (labels_BS != IGNORED).any():
+            tokens = torch.from_numpy(whole.tokens_NS)
+            logits = plain.forward(problem.shape, weights, tokens, whole.document_lengths)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), reference.grad_clip)
+            optimizer.step()
+            assert step.numbers["loss"] == pytest.approx(loss.item(), rel=1e-13)
+            assert step.numbers["gradient norm"] == pytest.approx(norm.item(), rel=1e-13)
+            clipped.append(norm.item() > reference.grad_clip)
+        for name, weight in weights.items():
+            torch.testing.assert_close(step.weights[name], weight.detach(), rtol=0, atol=1e-14)
+    assert set(clipped) == {True, False}
+
+
+def perfect(case: Case) -> list[list[RankStep]]:
+    """Two ranks that split every tensor by rows, and hold exactly the reference."""
+
+    def pieces(tensors, rank):
+        for name, tensor in tensors.items():
+            half = len(tensor) // 2
+            rows = slice(0, half) if rank == 0 else slice(half, None)
+            start = (rank * half, *(0 for _ in tensor.shape[1:]))
+            yield Piece(name, start, tensor[rows].numpy().copy())
+
+    return [
+        [
+            RankStep(
+                dict(step.numbers),
+                step.valid_tokens > 0,
+                list(pieces(step.gradients, rank)),
+                list(pieces(step.weights, rank)),
+            )
+            for step in solve(problem_of(case)).steps
+        ]
+        for rank in range(2)
+    ]
+
+
+def damage(runs: list[list[RankStep]], how: str) -> None:
+    """One thing wrong in the second step."""
+    step = runs[1][1]
+    if how == "loss":
+        step.numbers["loss"] += 1e-9
+    elif how == "not applied":
+        runs[0][1], runs[1][1] = (replace(run[1], applied=False) for run in runs)
+    elif how == "gradient":
+        step.gradients[3].value[0] *= 1 + 1e-9
+    elif how == "nan":
+        step.gradients[3].value[0] = np.nan
+    elif how == "weight":
+        step.weights[3].value[0, 0] += 1e-9
+    elif how == "missing":
+        del step.weights[3]
+    elif how == "replica":
+        piece = runs[0][1].weights[3]
+        step.weights.append(replace(piece, value=piece.value + np.spacing(piece.value)))
+
+
+@pytest.mark.parametrize(
+    "how, fault",
+    [
+        ("loss", "step 2: rank 1 reports other numbers"),
+        ("not applied", "step 2: the step was not applied"),
+        ("gradient", "step 2 gradient layers.0.attention.wk.weight: relative error"),
+        ("nan", "step 2 gradient layers.0.attention.wk.weight: relative error nan"),
+        ("weight", "step 2 weight layers.0.attention.wk.weight: relative error"),
+        ("missing", "step 2 weight layers.0.attention.wk.weight: 512 of 1024 elements"),
+        ("replica", "step 2 weight layers.0.attention.wk.weight: rank 1 holds other bits"),
+    ],
+)
+def test_the_comparison_finds_a_difference(how, fault):
+    reference, runs = solve(problem_of(CASE)), perfect(CASE)
+    assert compare(CASE, reference, runs) == []
+    damage(runs, how)
+    assert any(line.startswith(fault) for line in compare(CASE, reference, runs))
+
+
+def test_a_zero_gradient_must_be_zero_and_a_wrong_update_cannot_hide():
+    case = replace(CASE, labels="empty_step", precision="fp32")
+    reference, runs = solve(problem_of(case)), perfect(case)
+    assert compare(case, reference, runs) == []
+    runs[1][1].weights[3].value[0, 0] += 1e-9  # far below the weight's tolerance
+    assert any("step 2 update" in line for line in compare(case, reference, runs))
+    runs = perfect(CASE)
+    for run in runs:
+        for piece in run[0].weights:
+            value, before = piece.value, reference.initial[piece.name].numpy()[piece.region]
+            value += 1.5e-3 * (value - before)
+    fp32 = replace(CASE, precision="fp32")
+    faults = compare(fp32, solve(problem_of(fp32)), runs)
+    assert any(line.startswith("step 1 update") for line in faults)
+    assert not any(" weight " in line for line in faults)

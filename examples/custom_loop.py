@@ -15,6 +15,8 @@ from megallama.config.load import load_config
 from megallama.errors import UserError
 from megallama.optim.schedule import learning_rate
 from megallama.train.build import build_dataset, build_trainer
+from megallama.train.meeting import Meeting
+from megallama.train.process import ALONE
 from megallama.train.snapshot import Progress, save
 
 
@@ -36,7 +38,8 @@ def main(path: str = "configs/cpu-tiny.yaml", *overrides: str) -> Path:
         progress.updates += result.applied
         print(f"step {progress.step}: loss {result.loss:.4f}, gradient norm {result.grad_norm:.3f}")
 
-    return save(trainer, progress, config.run.directory / "checkpoints", dataset)
+    folder = config.run.directory / "checkpoints"
+    return save(trainer, progress, folder, dataset, Meeting(ALONE))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,13 @@ EXIT_INTERRUPTED = 130  # stopped by the user after saving: do not requeue
 
 
 class UserError(Exception):
-    """Base of every error shown as one line rather than as a traceback."""
+    """Base of every error shown as one line rather than as a traceback.
+
+    `shared` is True where every process of the job raises it alike.
+    """
 
     exit_code = EXIT_FAILED
+    shared = False
 
 
 class ConfigError(UserError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,11 @@ from megallama.autograd.stash import Stash
 from megallama.config.schema import Model
 from megallama.dist.group import SingleGroup
 from megallama.model.llama import Llama, MicroBatch
-from megallama.parallel.state import ParameterState
-from megallama.spec.parameters import parameter_table
+from megallama.parallel.state import ParameterState, Tensors
+from megallama.parallel.tokens import TokenShards
+from megallama.spec.grid import ALONE
+from megallama.spec.parameters import Parameter, parameter_table
+from megallama.spec.shards import shard_table
 from tests.reference import Batch, ShapeLike
 
 
@@ -44,6 +47,29 @@ def model_config(shape: ShapeLike) -> Model:
     )
 
 
+def lone_state(
+    table: Iterable[Parameter], dtype: torch.dtype, tied: bool = False
+) -> ParameterState:
+    """The buffers of whole parameters: those of a process that is alone."""
+    return ParameterState(shard_table(table, ALONE), dtype, torch.device("cpu"), tied)
+
+
+def parts(state: ParameterState, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Views of the global tensors, by their names, in buffers that hold all of each."""
+    return {piece.part.name: view for piece, view in state.pieces(tensors)}
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A copy of all elements, in order."""
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into tensors of the same names."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
 def build_model(
     shape: ShapeLike,
     weights: Mapping[str, Tensor],
@@ -52,12 +78,10 @@ def build_model(
 ) -> Llama:
     """Our model in `dtype`, holding `weights`."""
     config = model_config(shape)
-    table = parameter_table(config)
-    state = ParameterState(table, dtype, torch.device("cpu"), tied=config.tie_embeddings)
-    for name, master in state.parts(state.masters):
-        master.copy_(weights[name])
-    state.refresh_weights()
-    return Llama(config, state, SingleGroup(), policy)
+    state = lone_state(parameter_table(config), dtype, config.tie_embeddings)
+    put(parts(state, state.masters), weights)
+    state.round_masters()
+    return Llama(config, state, TokenShards(SingleGroup()), policy)
 
 
 def micro_batch(
@@ -85,5 +109,5 @@ def forward_backward(model: Llama, *batches: Batch) -> Outcome:
         logits.append(all_logits.view(*batch.tokens.shape, -1))
     assert len(stash) == 0, "a saved set was left behind"
     model.state.fold_tied_gradient()
-    grads = {name: grad.clone() for name, grad in model.state.parts(model.state.gradients)}
+    grads = {n: g.clone() for n, g in parts(model.state, model.state.gradients).items()}
     return Outcome(torch.stack(losses).sum(), torch.cat(logits), grads, saved_bytes)

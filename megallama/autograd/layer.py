@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -150,11 +151,16 @@ class DecoderLayer:
         """Passes that fill the chunks of x2."""
         w_Dh = yield self.wo.weight()
 
-        def chunk(o_ch: Tensor, x_cD: Tensor, x2_cD: Tensor) -> Pass[None]:
-            out_cD = yield self.tokens.scatter_chunk(self.wo.forward(o_ch, w_Dh))
+        def chunk(index: int, o_ch: Tensor, x_cD: Tensor, x2_cD: Tensor) -> Pass[None]:
+            out_CD = self.wo.forward(o_ch, w_Dh)
+            if index:
+                # The first chunk's all-gather goes before this reduce-scatter. From here on the
+                # second chunk is a turn behind: one computes while the other communicates.
+                yield PAUSE
+            out_cD = yield self.tokens.scatter_chunk(out_CD)
             torch.add(x_cD, out_cD, out=x2_cD)
 
-        pieces = zip(*map(self._chunks, (o_Th, x_tD, x2_tD)), strict=True)
+        pieces = zip(count(), *map(self._chunks, (o_Th, x_tD, x2_tD)), strict=False)
         return [chunk(*piece) for piece in pieces]
 
     def _feed_forward(
@@ -217,7 +223,10 @@ class DecoderLayer:
         else:
             n2_TD = yield n2
             n2 = Done(n2_TD)  # a handle is waited for once
-            gate_up_Tf = self.w13.forward(n2_TD, w13)
+            gate_up_Tf = n2_TD.new_empty(len(n2_TD), len(w13))
+            pieces = zip(self.tokens.split(n2_TD), self.tokens.split(gate_up_Tf), strict=True)
+            for n2_CD, gate_up_Cf in pieces:  # the forward's own GEMMs, bit for bit
+                self.w13.forward(n2_CD, w13, out=gate_up_Cf)
         dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf)
         dn2 = self.tokens.scatter(self.w13.dgrad(dgate_up_Tf, w13))
         n2_TD = yield n2

@@ -9,8 +9,7 @@ order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import chain, cycle
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Final, TypeVar
 
 from megallama.dist.handle import Done, Handle
@@ -71,37 +70,27 @@ def drive(coroutine: Pass[T], queue: WgradQueue | None = None) -> T:
         value = handle.wait()
 
 
-def in_turns(passes: Sequence[Pass[Any]]) -> Pass[None]:
-    """Run one pass, or two that hide each other's collectives.
+def in_turns(passes: Iterable[Pass[Any]]) -> Pass[None]:
+    """Run passes that hide each other's collectives, in turns of one round.
 
-    A turn ends where a pass yields a handle with a cover, and the handle is waited for when the
-    pass has its next turn. The first pass has one turn more at the start, so that from then on one
-    of the two computes while the other communicates: in lock-step both would wait at once.
+    A turn ends where a pass yields a handle with a cover; it is waited for when the pass has its
+    next turn.
     """
-    if len(passes) == 1:
-        yield from passes[0]
-        return
-    first, second = passes
-    waiting: dict[Pass[Any], Handle[Any]] = dict.fromkeys(passes, Done(None))
-    for each in _turns(first, second):
-        if each in waiting:
-            yield from _take_turn(each, waiting)
-        if not waiting:
-            return
+    waiting: deque[tuple[Pass[Any], Handle[Any]]] = deque((each, Done(None)) for each in passes)
+    while waiting:
+        each, handle = waiting.popleft()
+        following = yield from _take_turn(each, handle)
+        if following is not None:
+            waiting.append((each, following))
 
 
-def _turns(first: Pass[Any], second: Pass[Any]) -> Iterator[Pass[Any]]:
-    return chain((first, second, first), cycle((first, second)))
-
-
-def _take_turn(each: Pass[Any], waiting: dict[Pass[Any], Handle[Any]]) -> Pass[None]:
-    handle = waiting.pop(each)
+def _take_turn(each: Pass[Any], handle: Handle[Any]) -> Pass[Handle[Any] | None]:
+    """Run a pass up to its next handle with a cover, which is returned; None at its end."""
     while True:
         value = yield handle
         try:
             handle = each.send(value)
         except StopIteration:
-            return
+            return None
         if handle.cover:
-            waiting[each] = handle
-            return
+            return handle

@@ -153,18 +153,25 @@ class Checkpoint:
         """A rectangle of the global tensor, or all of it, verified.
 
         Raises:
-            CorruptError: it is not there, or a slice's bytes do not match their hash.
+            CorruptError: it is not all there, or a slice's bytes do not match their hash.
         """
         entry = self.manifest.tensors.get(name)
         if entry is None:
             raise CorruptError(f"{self.directory}: holds no tensor {name!r}; use another")
         region = region or tuple(slice(0, n) for n in entry.shape)
         wanted = torch.empty([r.stop - r.start for r in region], dtype=_DTYPES[entry.dtype])
+        missing = wanted.numel()
         for piece in entry.slices:
             target, source = _overlap(region, piece)
             if all(s.start < s.stop for s in source):
                 raw = torch.frombuffer(self._bytes(name, piece), dtype=wanted.dtype)
                 wanted[target] = raw.view(piece.shape)[source]
+                missing -= wanted[target].numel()
+        if missing:
+            raise CorruptError(
+                f"{self.directory}: {missing} elements of tensor {name!r} are in no file; use an "
+                "older checkpoint"
+            )
         return wanted
 
     def verify(self) -> None:

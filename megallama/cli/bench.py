@@ -29,12 +29,18 @@ def run(args: argparse.Namespace) -> int:
 
     if args.steps < 1 or args.warmup < 0:
         raise ConfigError(f"--steps {args.steps} --warmup {args.warmup}: at least 1 and 0")
-    config = load_config(args.config, args.overrides)
+    from megallama.config.schema import Config
+    from megallama.spec.grid import make_grid
     from megallama.train.launch import launch
     from megallama.train.process import Process
     from megallama.train.signals import StopSignals
 
-    def work(process: Process, stop: StopSignals) -> int:
+    def prepare(processes: int) -> Config:
+        config = load_config(args.config, args.overrides)
+        make_grid(config, processes)
+        return config
+
+    def work(config: Config, process: Process, stop: StopSignals) -> int:
         from megallama.train.bench import bench
 
         figures = bench(config, args.steps, args.warmup, process)
@@ -46,4 +52,4 @@ def run(args: argparse.Namespace) -> int:
                 args.json.write_text(text + "\n")
         return EXIT_DONE
 
-    return launch(args.nproc, work)
+    return launch(args.nproc, prepare, work)

@@ -25,18 +25,26 @@ def run(args: argparse.Namespace) -> int:
     """Train; exit codes: 0 done, 75 or 130 stopped after saving."""
     from megallama.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
-    if args.dry_run:
-        from megallama.train.dry_run import dry_run
-
-        return dry_run(config, args.nproc)
+    from megallama.config.schema import Config
+    from megallama.spec.grid import make_grid
     from megallama.train.launch import launch
     from megallama.train.process import Process
     from megallama.train.signals import StopSignals
 
-    def work(process: Process, stop: StopSignals) -> int:
+    def prepare(processes: int) -> Config:
+        config = load_config(args.config, args.overrides)
+        make_grid(config, processes)
+        return config
+
+    if args.dry_run:
+        config = prepare(args.nproc)
+        from megallama.train.dry_run import dry_run
+
+        return dry_run(config, args.nproc)
+
+    def work(config: Config, process: Process, stop: StopSignals) -> int:
         from megallama.train.job import train
 
         return train(config, args.resume, stop, process)
 
-    return launch(args.nproc, work)
+    return launch(args.nproc, prepare, work)

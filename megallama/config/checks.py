@@ -100,6 +100,7 @@ def _tensor_splits_sequence(
     chunks = 2 if overlap == "full" else 1
     unit = chunks * (tensor if sequence_parallel else 1)
     if sequence_length % unit:
+        without = sequence_parallel and sequence_length % chunks == 0
         why = f"parallel.tensor={tensor}" if sequence_parallel else ""
         if chunks == 2:
             why = " x ".join(filter(None, [why, "the 2 chunks of parallel.overlap=full"]))
@@ -107,7 +108,7 @@ def _tensor_splits_sequence(
             at("train.sequence_length", sequence_length),
             f"is not a multiple of {why}",
             f"the nearest that fits is {_multiples(sequence_length, unit)}"
-            + (", or set parallel.sequence_parallel=false" if sequence_parallel else ""),
+            + (", or set parallel.sequence_parallel=false" if without else ""),
         )
 
 

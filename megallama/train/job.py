@@ -55,9 +55,7 @@ def train(
                 _describe(trainer, dataset, progress, console)
                 resumed_from = checkpoint.directory if checkpoint else None
                 loop = Loop(trainer, dataset, progress, console, meeting, resumed_from)
-                code = loop.run(stop)
-                meeting.adjourn()
-                return code
+                return loop.run(stop)
             finally:
                 trainer.groups.close()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from megallama.errors import EXIT_LOST, ConfigError, UserError
-from megallama.train.local_worker import Work
+from megallama.errors import EXIT_CONFIG, EXIT_LOST, ConfigError, UserError
+from megallama.train.meeting import Meeting
 from megallama.train.process import ALONE, Process, connect, find_place
 from megallama.train.signals import StopSignals
 from megallama.train.supervisor import supervise
@@ -19,10 +22,19 @@ if TYPE_CHECKING:
 
 #: How long a failing process waits for the store to say whether another one reported the same.
 ANSWER_SECONDS = 5.0
+#: How long a failing process that hosts the store waits for the others' last use of it.
+LAST_WORDS = timedelta(seconds=10)
+
+T = TypeVar("T")
 
 
-def launch(nproc: int, work: Work) -> int:
+def launch(
+    nproc: int, prepare: Callable[[int], T], work: Callable[[T, Process, StopSignals], int]
+) -> int:
     """Do `work` in as many processes as the launcher or `nproc` says; return the exit code.
+
+    `prepare` is given the number of processes and makes what `work` is given first: here, before
+    any worker starts, or in each process of a launcher, where all raise what one of them does.
 
     Signals set a flag from here on: before torch, which takes seconds to import. The exit code is
     right in every process of a launcher, but an error that several of them meet is printed by the
@@ -32,38 +44,58 @@ def launch(nproc: int, work: Work) -> int:
         ConfigError: `nproc` is below 1 or was given under a launcher, whose variables may also be
             malformed.
         LostError: a process was killed, or the launcher's store does not answer.
-        UserError: whatever `work` raises.
+        UserError: whatever `prepare` and `work` raise.
     """
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc}: at least 1 process is needed")
     place = find_place(os.environ)
     if place and nproc > 1:
+        if place.local_rank:
+            return EXIT_CONFIG  # one line a machine
         raise ConfigError(
             f"--nproc {nproc}: a launcher already started {place.size} processes; leave --nproc "
             "out under torchrun and srun"
         )
-    if nproc > 1:
-        return supervise(nproc, work)
+    if place is None:
+        prepared = prepare(nproc)
+        if nproc > 1:
+            return supervise(nproc, partial(work, prepared))
     with StopSignals() as stop:
         if place is None:
-            return work(ALONE, stop)
-        return _work_under_launcher(connect(place), stop, work)
+            return work(prepared, ALONE, stop)
+        return _work_under_launcher(connect(place), stop, prepare, work)
 
 
-def _work_under_launcher(process: Process, stop: StopSignals, work: Work) -> int:
+def _work_under_launcher(
+    process: Process,
+    stop: StopSignals,
+    prepare: Callable[[int], T],
+    work: Callable[[T, Process, StopSignals], int],
+) -> int:
     """`work`, with every distinct error printed once a job: 2048 equal lines would hide the rest.
 
     Where the store does not answer, one process a node prints.
     """
+    meeting = Meeting(process, "launch")
+    prepared: list[T] = []
+
+    def prepare_here() -> str:
+        prepared.append(prepare(process.size))
+        return ""
+
     try:
-        return work(process, stop)
+        meeting.hold(prepare_here)
+        code = work(prepared[0], process, stop)
     except UserError as error:
         first = process.store is None or _is_first(process.store, error)
+        meeting.adjourn(LAST_WORDS)
         if not (process.local_rank == 0 if first is None else first):
             return error.exit_code
-        if process.rank:
+        if process.rank and not error.shared:
             error.args = (f"rank {process.rank}: {error}",)
         raise
+    meeting.adjourn()
+    return code
 
 
 def _is_first(store: Store, error: UserError) -> bool | None:

@@ -12,10 +12,11 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from megallama.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, UserError
-from megallama.train.process import Process, open_store
+from megallama.train.process import STORE_TIMEOUT, Process
 from megallama.train.signals import CODES, StopSignals
 
 Work = Callable[[Process, StopSignals], int]
@@ -51,8 +52,8 @@ class Failure:
 class LocalWorker:
     """One worker, in its own process."""
 
-    def __init__(self, rank: int, count: int, port: int, sender: socket.socket) -> None:
-        self.rank, self.count, self.port, self.sender = rank, count, port, sender
+    def __init__(self, rank: int, count: int, store: Path, sender: socket.socket) -> None:
+        self.rank, self.count, self.store, self.sender = rank, count, store, sender
 
     def live(self, work: Work, parent: int) -> NoReturn:
         """Do the work and leave: nothing of the parent's stack, and none of its exit handlers,
@@ -84,10 +85,12 @@ class LocalWorker:
 
     def _process(self) -> Process:
         import torch
+        from torch.distributed import FileStore  # type: ignore[attr-defined]
 
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, _cores() // self.count))
-        store = open_store(LOCALHOST, self.port)
+        store = FileStore(str(self.store), self.count)
+        store.set_timeout(STORE_TIMEOUT)
         return Process(self.rank, self.count, self.rank, self.count, store, LOCALHOST)
 
     def _report(self, code: int, text: str, kind: str) -> int:

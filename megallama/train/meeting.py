@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 from megallama import errors
@@ -22,10 +23,13 @@ def _first(results: Sequence[str]) -> str:
 
 
 class Meeting:
-    """The meetings of one process, in the order in which every process holds them."""
+    """The meetings of one process, in the order in which every process holds them.
 
-    def __init__(self, process: Process) -> None:
-        self.process = process
+    `name` keeps one series of meetings apart from another.
+    """
+
+    def __init__(self, process: Process, name: str = "train") -> None:
+        self.process, self.name = process, name
         self._round = 0
 
     @property
@@ -47,23 +51,23 @@ class Meeting:
             return _result(self._exchange(answer, conclude))
         return conclude([_result(answer)])
 
-    def adjourn(self) -> None:
+    def adjourn(self, patience: timedelta = PATIENCE) -> None:
         """Leave, rank 0 last: it may be the host of the store that the others still read from.
 
-        Raises:
-            LostError: a process did not come.
+        Who does not come within `patience` is not waited for any longer.
         """
         store, rank = self.process.store, self.process.rank
         if store is None:
             return
-        try:
+        with suppress(RuntimeError):  # torch's errors of a store
             if not self.leads:
                 store.set(f"megallama/left/{rank}", "")
                 return
             for other in range(1, self.process.size):
-                store.wait([f"megallama/left/{other}"], PATIENCE)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+                store.wait([f"megallama/left/{other}"], patience)
+
+    def _place(self, number: int) -> str:
+        return f"megallama/{self.name}/{number}"
 
     def _lost(self, error: RuntimeError) -> LostError:
         """Of an error of torch's stores, which are RuntimeErrors."""
@@ -74,7 +78,7 @@ class Meeting:
     def _exchange(self, answer: str, conclude: Callable[[Sequence[str]], str]) -> str:
         store, size = self.process.store, self.process.size
         assert store is not None
-        place = f"megallama/meeting/{self._round}"
+        place = self._place(self._round)
         self._round += 1
         try:
             store.set(f"{place}/{self.process.rank}", answer)
@@ -84,6 +88,8 @@ class Meeting:
                     store.wait([f"{place}/{rank}"], PATIENCE)
                     answers.append(store.get(f"{place}/{rank}").decode())
                     store.delete_key(f"{place}/{rank}")
+                if self._round > 1:  # all are here, so all have read the answer before
+                    store.delete_key(self._place(self._round - 2))
                 store.set(place, _attempt(lambda: conclude([_result(a) for a in answers])))
             store.wait([place], PATIENCE)
             return store.get(place).decode()
@@ -102,6 +108,8 @@ def _attempt(do: Callable[[], str]) -> str:
 def _result(answer: str) -> str:
     fields = json.loads(answer)
     if "error" in fields:
-        raise getattr(errors, fields["error"])(fields["message"])
+        error: UserError = getattr(errors, fields["error"])(fields["message"])
+        error.shared = True
+        raise error
     result: str = fields["result"]
     return result

@@ -43,4 +43,5 @@ class StopSignals:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
-        self.code = CODES[signal.Signals(number)]
+        if self.code != EXIT_INTERRUPTED:  # what a person asked for, a scheduler does not undo
+            self.code = CODES[signal.Signals(number)]

@@ -116,14 +116,14 @@ class TrainStep:
         """
         self.model.state.zero_gradients()
         losses, activations = [], []
-        size = self.micro_batch
-        count = len(batch.tokens_NS) // size
-        for index, micro_batch in enumerate(micro_batches(self.model, batch, size)):
-            if index == count - 1:
+        samples, length = batch.tokens_NS.shape
+        last = (samples - 1) // self.micro_batch
+        for index, micro_batch in enumerate(micro_batches(self.model, batch, self.micro_batch)):
+            if index == last:
                 self.zero.expect_last_micro_batch()
             stash, queue = Stash(), WgradQueue(self.overlap)
             loss_T = drive(self.model.forward(micro_batch, stash))
-            losses.append(sample_losses(loss_T, size))
+            losses.append(sample_losses(loss_T, len(loss_T) // length))
             if layer_norms:
                 activations.append(self._activation_squares(stash))
             drive(self.model.backward(micro_batch, stash, queue), queue)

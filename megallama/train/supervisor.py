@@ -1,7 +1,7 @@
 """Local workers under one parent: the first failure's code is the job's, and nobody lingers.
 
 torchrun turns every failing code into 1 and lets survivors wait for their dead peer. Here the
-parent forks the workers, hosts their store, passes signals on, and ends all of them when one fails.
+parent forks the workers, passes signals on, and ends all of them when one fails.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from megallama.errors import (
     EXIT_DONE,
@@ -25,8 +27,8 @@ from megallama.errors import (
     LostError,
     UserError,
 )
-from megallama.train.local_worker import LOCALHOST, REPORT_LENGTH, Failure, LocalWorker, Work
-from megallama.train.process import open_store
+from megallama.files import refuse_os_errors
+from megallama.train.local_worker import REPORT_LENGTH, Failure, LocalWorker, Work
 from megallama.train.signals import CODES, StopSignals
 
 #: Codes of a worker that ended as it should: the largest is the job's.
@@ -56,23 +58,26 @@ def supervise(count: int, work: Work) -> int:
         # no tensor operation and asks CUDA for nothing before the forks.
         import megallama.train.job  # noqa: F401
 
-        with Inbox() as inbox, socket.create_server((LOCALHOST, 0)) as listener:
+        with Inbox() as inbox, _folder() as folder:
             if stop.code is not None:  # nothing has run that would need saving
                 return stop.code
             team = Team(inbox)
             try:
-                team.start(count, work, listener)
-                # The store outlives every rank. Faster workers wait in the socket's queue.
-                store = open_store(
-                    *listener.getsockname(),
-                    is_master=True,
-                    master_listen_fd=os.dup(listener.fileno()),  # the store closes it
-                )
+                team.start(count, work, Path(folder) / "store")
                 team.wait()
-                del store
             finally:
                 team.kill()
         return team.outcome()
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where the workers' store is a file.
+
+    No server: on a machine whose name service does not answer, one connection in twelve to a
+    TCPStore took five seconds.
+    """
+    with refuse_os_errors("write", Path(tempfile.gettempdir())):
+        return tempfile.TemporaryDirectory(prefix="megallama-", ignore_cleanup_errors=True)
 
 
 class Inbox:
@@ -131,7 +136,7 @@ class Team:
         self.failures: list[Failure] = []
         self.interrupts = 0
 
-    def start(self, count: int, work: Work, listener: socket.socket) -> None:
+    def start(self, count: int, work: Work, store: Path) -> None:
         """Fork the workers. A signal that arrives meanwhile waits in the inbox for all of them.
 
         Raises:
@@ -139,7 +144,7 @@ class Team:
         """
         sys.stdout.flush()  # or every worker would write what is still in the buffer
         sys.stderr.flush()
-        parent, port = os.getpid(), listener.getsockname()[1]
+        parent = os.getpid()
         # A worker's signals wait until its own handlers are there.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
         try:
@@ -147,9 +152,8 @@ class Team:
                 pid = os.fork()
                 if pid == 0:
                     try:
-                        listener.close()
                         self.inbox.leave_to_parent()
-                        LocalWorker(rank, count, port, self.inbox.sender).live(work, parent)
+                        LocalWorker(rank, count, store, self.inbox.sender).live(work, parent)
                     finally:
                         os._exit(EXIT_FAILED)  # whatever happens, the stack is the parent's
                 self.alive[pid] = rank

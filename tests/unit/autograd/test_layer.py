@@ -1,29 +1,47 @@
 """The order of a layer's work: DESIGN §4's table of what hides under what.
 
-The layer is given linears, norms and a queue that log. `start` and `wait` are a collective's two
-ends; what is logged between them runs while it is in flight.
+The layer is given linears, norms, tokens and a queue that log. `start` and `wait` are a
+collective's two ends; what is logged between them runs while it is in flight. F, B and W are a
+forward, a backward for activations and a backward for weights; with two chunks of tokens, what
+works on one of them has its number at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from megallama.autograd.layer import DecoderLayer, Heads, Positions
+from megallama.autograd import layer as module
+from megallama.autograd.layer import DecoderLayer, Filling, Heads, Positions
 from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
 from megallama.autograd.norm import rms_norm_backward, rms_norm_forward
-from megallama.autograd.passes import WgradQueue, drive
+from megallama.autograd.passes import Pass, WgradQueue, drive, in_turns
 from megallama.autograd.rope import rope_frequencies, rotation_at
 from megallama.autograd.segments import Segments
-from megallama.autograd.stash import Stash
+from megallama.autograd.stash import Saved, Stash
+from megallama.autograd.swiglu import swiglu_forward
 from megallama.dist.handle import Done
 from megallama.spec.saved import POLICIES
 from tests.unit.autograd.pairs import random
 
 HEADS = Heads(queries=4, keys=2, width=4)
-D, F, T = 16, 6, 5
+D, F, T = 16, 6, 6
+
+
+def marked(x: Tensor, name: str, like: Tensor | None = None) -> Tensor:
+    """x with the name that its collective gets, and the number of the chunk that `like` is of."""
+    x.role = name  # type: ignore[attr-defined]
+    x.chunk_number = getattr(like, "chunk_number", "")  # type: ignore[attr-defined]
+    return x
+
+
+def chunk_of(x: Tensor) -> str:
+    return getattr(x, "chunk_number", "")
 
 
 @dataclass
@@ -32,90 +50,95 @@ class Recorded:
 
     log: list[str]
     name: str
-    value: torch.Tensor
-    collective: bool = True
+    value: Tensor
+    cover: int = 1
 
     def __post_init__(self) -> None:
         self.log.append(f"start {self.name}")
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> Tensor:
         self.log.append(f"wait {self.name}")
         return self.value
 
 
-class RecordedGroup:
-    """One process that logs its collectives; what a linear gathers or scatters names them."""
+class RecordedTokens:
+    """One process that logs its collectives by the names of what they gather or scatter."""
 
-    rank, size = 0, 1
+    def __init__(self, log: list[str], chunks: int) -> None:
+        self.log, self.chunks = log, chunks
 
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
+    def whole_rows(self, t: int) -> int:
+        return t
 
-    def all_gather(self, x: torch.Tensor, name: str = "") -> Recorded:
-        return Recorded(self.log, f"gather {name}", x)
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        pieces = x.chunk(self.chunks)
+        for number, piece in enumerate(pieces):
+            if self.chunks > 1:
+                piece.chunk_number = f" {number}"  # type: ignore[attr-defined]
+        return pieces
 
-    def reduce_scatter(self, x: torch.Tensor, name: str = "") -> Recorded:
-        return Recorded(self.log, f"scatter {name}", x)
+    def gather_chunk(self, x: Tensor) -> Recorded:
+        return Recorded(self.log, f"gather {x.role}{chunk_of(x)}", x)  # type: ignore[attr-defined]
+
+    def scatter_chunk(self, y: Tensor) -> Recorded:
+        return Recorded(self.log, f"scatter {y.role}{chunk_of(y)}", y)  # type: ignore[attr-defined]
+
+    gather, scatter = gather_chunk, scatter_chunk
 
 
 class RecordedLinear:
-    def __init__(self, log: list[str], name: str, outputs: int, inputs: int) -> None:
-        self.log, self.name, self.group = log, name, RecordedGroup(log)
+    def __init__(self, log: list[str], name: str, outputs: int, inputs: int, dx: str = "") -> None:
+        self.log, self.name, self.dx = log, name, dx
         self.w = random(outputs, inputs, seed=len(name)) * inputs**-0.5
         self.dw = torch.zeros_like(self.w)
 
-    def gather(self, x):
-        return self.group.all_gather(x, self.name)
-
-    def scatter(self, y):
-        return self.group.reduce_scatter(y, self.name)
-
-    def weight(self):
+    def weight(self) -> Done[Tensor]:
         return Done(self.w)
 
-    def forward(self, x, w):
-        self.log.append(f"F {self.name}")
-        return linear_forward(x, w)
+    def forward(self, x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        self.log.append(f"F {self.name}{chunk_of(x)}")
+        return marked(linear_forward(x, w, out), self.name, x)
 
-    def dgrad(self, dy, w):
+    def dgrad(self, dy: Tensor, w: Tensor) -> Tensor:
         self.log.append(f"B {self.name}")
-        return linear_dgrad(dy, w)
+        return marked(linear_dgrad(dy, w), self.dx)
 
-    def wgrad(self, dy, x):
+    def wgrad(self, dy: Tensor, x: Tensor) -> None:
         self.log.append(f"W {self.name}")
         linear_wgrad(dy, x, self.dw)
 
 
 class RecordedNorm:
-    def __init__(self, log: list[str], name: str) -> None:
-        self.log, self.name = log, name
+    def __init__(self, log: list[str], name: str, output: str, dx: str) -> None:
+        self.log, self.name, self.output, self.dx = log, name, output, dx
         self.w, self.dw = 1 + 0.2 * random(D), torch.zeros(D, dtype=torch.float64)
 
-    def weight(self):
+    def weight(self) -> Done[Tensor]:
         return Done(self.w)
 
-    def forward(self, x, w):
-        self.log.append(f"F {self.name}")
-        return rms_norm_forward(x, w, 1e-5)
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        self.log.append(f"F {self.name}{chunk_of(x)}")
+        return marked(rms_norm_forward(x, w, 1e-5), self.output, x)
 
-    def backward(self, dn, x, w):
+    def backward(self, dn: Tensor, x: Tensor, w: Tensor) -> Tensor:
         self.log.append(f"B {self.name}")
-        return rms_norm_backward(dn, x, w, self.dw, 1e-5)
+        return marked(rms_norm_backward(dn, x, w, self.dw, 1e-5), self.dx)
 
 
-def build(policy: str) -> tuple[DecoderLayer, list[str], Positions]:
+def build(policy: str, chunks: int = 1) -> tuple[DecoderLayer, list[str], Positions]:
     log: list[str] = []
     qkv = (HEADS.queries + 2 * HEADS.keys) * HEADS.width
     layer = DecoderLayer(
         HEADS,
+        RecordedTokens(log, chunks),
         (
-            RecordedNorm(log, "norm1"),
-            RecordedLinear(log, "wqkv", qkv, D),
+            RecordedNorm(log, "norm1", "n1", "dz"),
+            RecordedLinear(log, "wqkv", qkv, D, "dn1"),
             RecordedLinear(log, "wo", D, D),
         ),
         (
-            RecordedNorm(log, "norm2"),
-            RecordedLinear(log, "w13", 2 * F, D),
+            RecordedNorm(log, "norm2", "n2", "dx2"),
+            RecordedLinear(log, "w13", 2 * F, D, "dn2"),
             RecordedLinear(log, "w2", D, F),
         ),
         POLICIES[policy],
@@ -124,15 +147,44 @@ def build(policy: str) -> tuple[DecoderLayer, list[str], Positions]:
     return layer, log, Positions(rotation, Segments((T,)))
 
 
-def run(policy: str) -> tuple[list[str], list[str]]:
+def already_there(x: Tensor, chunks: int) -> Filling:
+    def nothing() -> Pass[None]:
+        yield from ()
+
+    return Filling(x, [nothing() for _ in range(chunks)])
+
+
+def stacked(
+    layer: DecoderLayer, times: int, x: Tensor, positions: Positions, stash: Stash | None
+) -> Pass[Tensor]:
+    """The layer several times, one above the other."""
+    filling = already_there(x, layer.tokens.chunks)
+    for key in range(times):
+        filling = yield from layer.forward(filling, positions, stash, key)
+    yield from in_turns(filling.passes)
+    return filling.x_tD
+
+
+def downwards(
+    layer: DecoderLayer, sets: Sequence[Saved], positions: Positions, queue: WgradQueue
+) -> Pass[Tensor]:
+    """Its backward through the saved sets, the uppermost first."""
+    dz = marked(random(T, D, seed=1), "dz")
+    for saved in sets:
+        for name in saved.keys() & {"n1", "n2"}:
+            marked(saved[name], name)
+        dz = yield from layer.backward(dz, positions, saved, queue)
+    return dz
+
+
+def run(policy: str, chunks: int = 1) -> tuple[list[str], list[str]]:
     """What the forward and the backward log."""
-    layer, log, positions = build(policy)
-    stash = Stash()
-    drive(layer.forward(random(T, D), positions, stash, 0))
+    layer, log, positions = build(policy, chunks)
+    stash, queue = Stash(), WgradQueue()
+    drive(stacked(layer, 1, random(T, D), positions, stash))
     forward = log.copy()
     log.clear()
-    queue = WgradQueue()
-    drive(layer.backward(random(T, D, seed=1), positions, stash.take(0), queue), queue)
+    drive(downwards(layer, [stash.take(0)], positions, queue), queue)
     return forward, log
 
 
@@ -146,9 +198,9 @@ def in_flight(log: list[str], name: str) -> list[str]:
     return [entry for entry in between if entry[0] in "FBW"]
 
 
-FORWARD = ["gather wqkv", "scatter wo", "gather w13", "scatter w2"]
-# dz, n2; dn2; dx2, n1; dn1: DESIGN §4, "Backward with B and W joined".
-BACKWARD = ["gather w2", "gather w13", "scatter w13", "gather wo", "gather wqkv", "scatter wqkv"]
+FORWARD = ["gather n1", "scatter wo", "gather n2", "scatter w2"]
+# DESIGN §4, "Backward with B and W joined".
+BACKWARD = ["gather dz", "gather n2", "scatter dn2", "gather dx2", "gather n1", "scatter dn1"]
 
 
 @pytest.mark.parametrize("policy", ["linear_outputs", "all", "no_gate_up"])
@@ -160,12 +212,13 @@ def test_collectives_start_in_the_documented_order(policy):
 
 def test_a_recomputing_backward_first_repeats_the_forward_s_collectives():
     assert collectives(run("no_attention_output")[1]) == BACKWARD  # o needs no collective
-    assert collectives(run("layer_input")[1]) == ["gather wqkv", "scatter wo", *BACKWARD]
+    assert collectives(run("layer_input")[1]) == ["gather n1", "scatter wo", *BACKWARD]
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_collective_is_waited_for_once(policy):
-    for log in run(policy):
+def test_every_collective_is_waited_for_once(policy, chunks):
+    for log in run(policy, chunks):
         started = [entry[6:] for entry in log if entry.startswith("start ")]
         waited = [entry[5:] for entry in log if entry.startswith("wait ")]
         assert sorted(started) == sorted(waited)
@@ -177,25 +230,76 @@ def test_what_hides_what():
     queue, saved = WgradQueue(), []
     for seed in (0, 1):
         stash = Stash()
-        drive(layer.forward(random(T, D, seed=seed), positions, stash, 0))
+        drive(stacked(layer, 1, random(T, D, seed=seed), positions, stash))
         saved.append(stash.take(0))
     log.clear()
-
-    def backward():
-        dz = random(T, D, seed=2)
-        for one in saved:
-            dz = yield from layer.backward(dz, positions, one, queue)
-
-    drive(backward(), queue)
-    lower = len(log) - log[::-1].index("start gather w2") - 1
+    drive(downwards(layer, saved, positions, queue), queue)
+    lower = len(log) - log[::-1].index("start gather dz") - 1
     upper, below = log[:lower], log[lower:]
-    assert in_flight(upper, "scatter wqkv") == ["W wo"]
-    assert in_flight(below, "gather w2") == ["F norm2", "W wqkv"]  # n2 is recomputed meanwhile
+    assert in_flight(upper, "scatter dn1") == ["W wo"]
+    assert in_flight(below, "gather dz") == ["F norm2", "W wqkv"]  # n2 is recomputed meanwhile
     # The wait for dz comes after this start, so the layer above's last W stands here too.
-    assert in_flight(below, "gather w13") == ["W wqkv", "B w2", "B w13"]
-    assert in_flight(below, "scatter w13") == ["W w2"]
-    assert in_flight(below, "gather wo") == ["F norm1", "W w13"]
-    assert in_flight(below, "gather wqkv")[-2:] == ["B wo", "B wqkv"]
+    assert in_flight(below, "gather n2") == ["W wqkv", "B w2", "B w13"]
+    assert in_flight(below, "scatter dn2") == ["W w2"]
+    assert in_flight(below, "gather dx2") == ["F norm1", "W w13"]
+    assert in_flight(below, "gather n1")[-2:] == ["B wo", "B wqkv"]
+
+
+@pytest.fixture
+def swiglu_logs(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Has the forward's SwiGLU, which belongs to nobody, write to a log."""
+
+    def arrange(log: list[str]) -> None:
+        def forward(gate_up: Tensor, *rest: Any) -> Tensor:
+            log.append(f"F swiglu{chunk_of(gate_up)}")
+            return marked(swiglu_forward(gate_up, *rest), "act", gate_up)
+
+        monkeypatch.setattr(module, "swiglu_forward", forward)
+
+    return arrange
+
+
+def test_what_hides_what_in_a_forward_of_two_chunks(swiglu_logs):
+    """From one layer's attention to the next one's, written out."""
+    layer, log, positions = build("linear_outputs", chunks=2)
+    swiglu_logs(log)
+    drive(stacked(layer, 2, random(T, D), positions, None))
+    first, second = (i for i, entry in enumerate(log) if entry == "F wo 0")
+    assert log[first:second] == [
+        *("F wo 0", "start scatter wo 0"),
+        "F wo 1",
+        *("wait scatter wo 0", "F norm2 0", "start gather n2 0"),
+        "start scatter wo 1",
+        *("wait gather n2 0", "F w13 0"),
+        *("wait scatter wo 1", "F norm2 1", "start gather n2 1"),
+        *("F swiglu 0", "F w2 0", "start scatter w2 0"),
+        *("wait gather n2 1", "F w13 1"),
+        *("wait scatter w2 0", "F norm1 0", "start gather n1 0"),
+        *("F swiglu 1", "F w2 1", "start scatter w2 1"),
+        *("wait gather n1 0", "F wqkv 0"),
+        *("wait scatter w2 1", "F norm1 1", "start gather n1 1"),
+        *("wait gather n1 1", "F wqkv 1"),
+    ]
+    assert log[second:][:18] == log[first:second][:18], "the layer above does the same"
+    between = log[first:second]
+    # A reduce-scatter, the norm after it and its all-gather, under GEMMs of the other chunk.
+    assert gemms_under(between, "scatter wo 0", "gather n2 0") == ["F wo 1"]
+    assert gemms_under(between, "scatter wo 1", "gather n2 1") == ["F w13 0", "F w2 0"]
+    assert gemms_under(between, "scatter w2 0", "gather n1 0") == ["F w13 1", "F w2 1"]
+    assert gemms_under(between, "scatter w2 1", "gather n1 1") == ["F wqkv 0"]
+
+
+def gemms_under(log: list[str], first: str, last: str) -> list[str]:
+    between = log[log.index(f"start {first}") : log.index(f"wait {last}")]
+    return [entry for entry in between if entry.startswith("F w")]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_recomputed_takes_the_forward_s_own_gemms(policy, chunks):
+    """Which is why every policy gives the same bits."""
+    forward, backward = run(policy, chunks)
+    assert {e for e in backward if e.startswith("F w")} <= set(forward)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -204,20 +308,51 @@ def test_each_weight_gradient_runs_once_and_in_one_order(policy):
     assert [entry for entry in log if entry[0] == "W"] == ["W w2", "W w13", "W wo", "W wqkv"]
 
 
-def test_without_a_stash_nothing_is_kept():
-    layer, _, positions = build("all")
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_without_a_stash_nothing_is_kept(chunks):
+    layer, _, positions = build("all", chunks)
     stash = Stash()
     x = random(T, D)
-    trained = drive(layer.forward(x, positions, stash, 0))
-    evaluated = drive(layer.forward(x, positions, None, 0))
+    trained = drive(stacked(layer, 1, x, positions, stash))
+    evaluated = drive(stacked(layer, 1, x, positions, None))
     assert torch.equal(trained, evaluated)
     assert set(stash.take(0)) == POLICIES["all"]
     assert len(stash) == 0
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_stash_holds_the_policy_s_names(policy):
-    layer, _, positions = build(policy)
+def test_the_stash_holds_the_policy_s_names(policy, chunks):
+    layer, _, positions = build(policy, chunks)
     stash = Stash()
-    drive(layer.forward(random(T, D), positions, stash, 0))
+    drive(stacked(layer, 1, random(T, D), positions, stash))
     assert set(stash.take(0)) == POLICIES[policy]
+
+
+def everything(policy: str, chunks: int) -> dict[str, Tensor]:
+    """What a forward and a backward over two layers make."""
+    layer, _, positions = build(policy, chunks)
+    stash, queue = Stash(), WgradQueue()
+    z = drive(stacked(layer, 2, random(T, D), positions, stash))
+    sets = [stash.take(key) for key in (1, 0)]
+    kept = {f"{name} {i}": t.clone() for i, saved in enumerate(sets) for name, t in saved.items()}
+    dx = drive(downwards(layer, sets, positions, queue), queue)
+    weights = {name: part.dw for name, part in vars(layer).items() if hasattr(part, "dw")}
+    assert len(weights) == 6
+    return {"z": z, "dx": dx, **kept, **weights}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_chunks_compute_what_one_does(policy):
+    one, two = everything(policy, 1), everything(policy, 2)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, rtol=1e-12, atol=1e-14), name
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_every_policy_gives_the_same_bits(chunks):
+    whole = everything("all", chunks)
+    for policy in POLICIES:
+        for name, tensor in everything(policy, chunks).items():
+            assert torch.equal(tensor, whole[name]), (policy, name)

@@ -27,6 +27,14 @@ def test_linear():
     check_pair(linear_forward, backward, random(5, 3), random(4, 3))
 
 
+def test_linear_into_a_tensor_that_is_there():
+    x, w, rows = random(5, 3), random(4, 3), torch.zeros(9, 4, dtype=torch.float64)
+    assert linear_forward(x, w, out=rows[2:7]).data_ptr() == rows[2].data_ptr()
+    assert torch.equal(rows[2:7], linear_forward(x, w))
+    assert not rows[:2].any()
+    assert not rows[7:].any()
+
+
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
 def test_norm(eps):
     def backward(dn, x, w):
@@ -117,15 +125,30 @@ def test_embedding():
 
     def backward(dx, w):
         dw = torch.zeros_like(w)
-        embedding_backward(dx, tokens, dw)
+        embedding_backward(dx, tokens, dw, rows=5)
         return (dw,)
 
-    check_pair(lambda w: embedding_forward(tokens, w), backward, random(5, 3))
+    check_pair(lambda w: embedding_forward(tokens, w, rows=5), backward, random(5, 3))
+
+
+@pytest.mark.parametrize("first, rows", [(0, 4), (4, 3), (7, 0)])
+def test_embedding_of_a_shard(first, rows):
+    """Rows of other ranks and of padding are not this one's, forward or backward."""
+    tokens, whole, dx = torch.arange(7).repeat(2), random(7, 3), random(14, 3)
+    w = torch.full((4, 3), 9.0, dtype=torch.float64)
+    w[:rows] = whole[first : first + rows]
+    mine = (tokens >= first) & (tokens < first + rows)
+    x = embedding_forward(tokens - first, w, rows)
+    assert torch.equal(x, whole[tokens] * mine[:, None])
+    dw, expected = torch.ones_like(w), torch.zeros_like(whole).index_add_(0, tokens, dx)
+    embedding_backward(dx, tokens - first, dw, rows)
+    assert torch.allclose(dw[:rows], 1 + expected[first : first + rows], rtol=1e-15)
+    assert (dw[rows:] == 1).all()
 
 
 WGRADS = {
     "linear": lambda dw: linear_wgrad(random(5, 4), random(5, 3), dw),
-    "embedding": lambda dw: embedding_backward(random(3, 3), torch.tensor([1, 1, 0]), dw),
+    "embedding": lambda dw: embedding_backward(random(3, 3), torch.tensor([1, 1, 0]), dw, 4),
     "norm": lambda dw: rms_norm_backward(random(2, 3), random(2, 3), random(3), dw[0], 1e-5),
 }
 
@@ -150,5 +173,5 @@ def test_a_bf16_weight_gradient_lands_in_fp32():
     assert dw.dtype == torch.float32
     assert ((dw.double() - 1024 - expected).norm() / expected.norm()) < 0.01
     rows, tokens = torch.full((4, 3), 1024.0), torch.arange(4)
-    embedding_backward(x[:4], tokens, rows)
+    embedding_backward(x[:4], tokens, rows, len(rows))
     assert torch.equal(rows, 1024 + x[:4].float())

@@ -8,14 +8,18 @@ import os
 import random
 import resource
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,10 +27,13 @@ from torch import Tensor
 from megallama.checkpoint.manifest import Manifest
 from megallama.checkpoint.store import (
     Checkpoint,
+    Rectangle,
+    begin_checkpoint,
     checkpoint_path,
+    commit_checkpoint,
     committed_checkpoints,
     prune_checkpoints,
-    save_checkpoint,
+    write_rank,
 )
 from megallama.errors import ConfigError, CorruptError
 
@@ -45,9 +52,22 @@ def some_tensors(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def save(directory: Path, seed: int = 0) -> Path:
-    save_checkpoint(directory, some_tensors(seed), FACTS)
+def save_ranks(directory: Path, ranks: Sequence[Sequence[Rectangle]]) -> Path:
+    """A checkpoint of what each rank has."""
+    begin_checkpoint(directory)
+    texts = [write_rank(directory, rank, mine) for rank, mine in enumerate(ranks)]
+    commit_checkpoint(directory, texts, FACTS)
     return directory
+
+
+def save_whole(directory: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A checkpoint of whole tensors, by one rank."""
+    rectangles = [Rectangle(n, tuple(t.shape), (0,) * t.dim(), t) for n, t in tensors.items()]
+    return save_ranks(directory, [rectangles])
+
+
+def save(directory: Path, seed: int = 0) -> Path:
+    return save_whole(directory, some_tensors(seed))
 
 
 def read_all(directory: Path) -> dict[str, Tensor]:
@@ -78,7 +98,7 @@ def test_what_was_saved_comes_back(saved: Path) -> None:
 def test_views_and_transposes_are_saved_as_they_look(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
     parts = {"rows": whole[1:], "turned": whole.T}
-    save_checkpoint(tmp_path / "step-00000001", parts, FACTS)
+    save_whole(tmp_path / "step-00000001", parts)
     for name, tensor in read_all(tmp_path / "step-00000001").items():
         assert tensor.equal(parts[name])
 
@@ -304,3 +324,136 @@ def test_a_refusing_disk_leaves_the_checkpoint_before(
     assert intact(saved)
     save(after, seed=1)
     assert intact(after, seed=1)
+
+
+@st.composite
+def grids_of_rectangles(draw: st.DrawFn) -> tuple[tuple[int, int], list[int], list[int]]:
+    """A shape, and where its rows and its columns are cut."""
+    shape = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    cuts = [sorted({0, size, *draw(st.lists(st.integers(1, size), max_size=3))}) for size in shape]
+    return shape, cuts[0], cuts[1]
+
+
+@given(grid=grids_of_rectangles(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_region_of_what_several_ranks_wrote_is_the_slice_of_the_whole(
+    grid: tuple[tuple[int, int], list[int], list[int]], data: st.DataObject
+) -> None:
+    """However the tensors are cut and whichever rank has which rectangle: bit for bit."""
+    shape, rows, columns = grid
+    matrix, vector = torch.randn(shape), torch.randn(shape[0], dtype=torch.float64)
+    places = [
+        (slice(top, bottom), slice(left, right))
+        for top, bottom in pairwise(rows)
+        for left, right in pairwise(columns)
+    ]
+    order = data.draw(st.permutations(range(len(places))))
+    ranks: list[list[Rectangle]] = [[] for _ in places]
+    for rank, number in enumerate(order):
+        region = places[number]
+        start = tuple(s.start for s in region)
+        ranks[rank].append(Rectangle("master/w.weight", shape, start, matrix[region]))
+        if number < len(rows) - 1:
+            part = slice(rows[number], rows[number + 1])
+            ranks[rank].append(Rectangle("master/b.weight", shape[:1], (part.start,), vector[part]))
+    with tempfile.TemporaryDirectory() as folder:
+        directory = save_ranks(Path(folder) / "step-00000001", ranks)
+        checkpoint = Checkpoint(directory)
+        checkpoint.verify()
+        assert checkpoint.read("master/w.weight").equal(matrix)
+        assert checkpoint.read("master/b.weight").equal(vector)
+        for _ in range(5):
+            region = tuple(
+                slice(*sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in shape
+            )
+            assert checkpoint.read("master/w.weight", region).equal(matrix[region])
+            assert checkpoint.read("master/b.weight", region[:1]).equal(vector[region[0]])
+
+
+QUARTERS = {
+    rank: (slice(2 * (rank // 2), 2 * (rank // 2) + 2), slice(3 * (rank % 2), 3 * (rank % 2) + 3))
+    for rank in range(4)
+}
+
+
+@pytest.fixture
+def quartered(tmp_path: Path) -> tuple[Path, Tensor]:
+    """A (4, 6) tensor of which four ranks wrote a quarter each, beside a rank without any."""
+    whole = torch.arange(24.0).view(4, 6)
+    ranks = [
+        [Rectangle("master/w", (4, 6), (rows.start, columns.start), whole[rows, columns])]
+        for rows, columns in QUARTERS.values()
+    ]
+    return save_ranks(checkpoint_path(tmp_path, 1), [*ranks, []]), whole
+
+
+def test_ranks_write_a_file_each_and_one_that_owns_nothing_none(
+    quartered: tuple[Path, Tensor],
+) -> None:
+    directory, whole = quartered
+    files = {f"rank-{rank:05d}.safetensors" for rank in range(4)}
+    assert {path.name for path in directory.iterdir()} == {"manifest.json", *files}
+    (entry,) = Checkpoint(directory).manifest.tensors.values()
+    assert entry.shape == (4, 6)
+    assert {piece.file: piece.start for piece in entry.slices} == dict(
+        zip(sorted(files), [(0, 0), (0, 3), (2, 0), (2, 3)], strict=True)
+    )
+    for rank, region in QUARTERS.items():
+        tensors = load_file(directory / f"rank-{rank:05d}.safetensors")
+        assert tensors["master/w"].equal(whole[region])
+
+
+@pytest.mark.parametrize("damaged", QUARTERS)
+def test_damage_is_refused_by_whoever_reads_a_region_that_it_touches(
+    quartered: tuple[Path, Tensor], damaged: int
+) -> None:
+    """And by nobody else: a rank reads and checks the slices that it needs."""
+    directory, whole = quartered
+    path = directory / f"rank-{damaged:05d}.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 4
+    path.write_bytes(raw)
+    lower, right = damaged // 2, damaged % 2
+    for rows, columns in product(((0, 1), (1, 3), (3, 4), (2, 2)), ((0, 2), (2, 5), (4, 6))):
+        region = (slice(*rows), slice(*columns))
+        touched = rows[0] < 2 * lower + 2 and rows[1] > 2 * lower and rows[0] < rows[1]
+        touched = touched and columns[0] < 3 * right + 3 and columns[1] > 3 * right
+        checkpoint = Checkpoint(directory)
+        if touched:
+            with pytest.raises(CorruptError, match=rf"{path.name}: tensor 'master/w' is damaged"):
+                checkpoint.read("master/w", region)
+        else:
+            assert checkpoint.read("master/w", region).equal(whole[region])
+    with pytest.raises(CorruptError, match=path.name):
+        Checkpoint(directory).verify()
+
+
+def test_a_rank_s_file_that_is_gone_is_refused(quartered: tuple[Path, Tensor]) -> None:
+    directory, _ = quartered
+    (directory / "rank-00002.safetensors").unlink()
+    with pytest.raises(CorruptError, match=r"rank-00002\.safetensors: No such file"):
+        Checkpoint(directory).verify()
+
+
+def test_until_it_is_committed_there_is_no_checkpoint(tmp_path: Path) -> None:
+    """Every rank has written and synced its file, and a kill now leaves the one before."""
+    before, after = save(checkpoint_path(tmp_path, 1)), checkpoint_path(tmp_path, 2)
+    begin_checkpoint(after)
+    texts = [
+        write_rank(after, rank, [Rectangle("master/n", (4,), (2 * rank,), torch.ones(2))])
+        for rank in range(2)
+    ]
+    assert committed_checkpoints(tmp_path) == [before]
+    commit_checkpoint(after, texts, FACTS)
+    assert committed_checkpoints(tmp_path) == [before, after]
+    assert Checkpoint(after).read("master/n").equal(torch.ones(4))
+
+
+def test_a_region_that_no_slice_covers_is_refused(tmp_path: Path) -> None:
+    """Its manifest is intact, but a rank's text never reached the commit."""
+    directory = checkpoint_path(tmp_path, 1)
+    begin_checkpoint(directory)
+    text = write_rank(directory, 0, [Rectangle("master/n", (4,), (0,), torch.ones(2))])
+    commit_checkpoint(directory, [text], FACTS)
+    with pytest.raises(CorruptError, match="master/n"):
+        Checkpoint(directory).read("master/n")

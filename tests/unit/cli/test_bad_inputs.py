@@ -55,7 +55,12 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no length": ({"train.steps": None}, "train.steps: is missing"),
     "precision": ({"train.precision": "fp16"}, "train.precision=fp16: is not a choice"),
     "name": ({"run.name": "../up"}, "run.name=../up: is not a name"),
-    "tensor": ({"parallel.tensor": 2}, "parallel.tensor=2: this version runs one process"),
+    "tensor": ({"parallel.tensor": 2}, "parallel.tensor=2: 1 process does not make this grid"),
+    "data": (
+        {"parallel.data": 2},
+        "parallel.tensor=1 x parallel.data=2: 1 process does not make this grid; start 2 (",
+    ),
+    "pipeline": ({"parallel.pipeline": 2}, "parallel.pipeline=2: this version runs no pipeline"),
     "no data": ({"data": None}, "data.mixture: "),
     "vocabulary": ({"model.vocab": 256}, "model.vocab=256: "),
     "too small": ({"train.sequence_length": 10_000}, "'code' has "),
@@ -89,11 +94,15 @@ def test_overrides_and_options(config_file: ConfigFile, refused: Refused, tmp_pa
         ("train.steps",): "train.steps: is not section.key=value",
         ("train.steps=[",): "its value is not YAML",
         ("optimizer.lr=-1",): "optimizer.lr=-1: is too small",
-        ("--nproc", "2"): "--nproc=2: this version runs one process",
+        ("--nproc", "0"): "--nproc 0: at least 1 process is needed",
+        ("parallel.data=1", "--nproc", "2"): "parallel.data=1: 2 processes do not make this grid",
+        ("--nproc", "3"): "train.global_batch=4: is not a multiple of train.micro_batch=2 x 3 data",
         ("--resume", str(tmp_path / "no")): "no: no such checkpoint directory",
     }.items():
         assert expected in refused(78, "train", path, *words)
-    assert "--nproc=2" in refused(78, "bench", path, "--nproc", "2")
+    assert "--nproc 0" in refused(78, "bench", path, "--nproc", "0")
+    two = refused(78, "bench", path, "parallel.data=1", "--nproc", "2")
+    assert "2 processes do not make this grid" in two
 
 
 def test_several_faults_are_a_line_each(

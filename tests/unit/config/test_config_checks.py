@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -67,9 +68,28 @@ def source(name: str = "a", path: str = "p") -> dict:
         (
             {"train.sequence_length": 31, "parallel.tensor": 4, "train.micro_batch": 2},
             [
-                "train.sequence_length=31: times train.micro_batch=2 is not a multiple of "
-                "parallel.tensor=4; the nearest that fits is 30 or 32, "
+                "train.sequence_length=31: is not a multiple of parallel.tensor=4; the nearest "
+                "that fits is 28 or 32, or set parallel.sequence_parallel=false"
+            ],
+        ),
+        (
+            {"train.sequence_length": 28, "parallel.tensor": 4, "parallel.overlap": "full"},
+            [
+                "train.sequence_length=28: is not a multiple of parallel.tensor=4 x the 2 chunks "
+                "of parallel.overlap=full; the nearest that fits is 24 or 32, "
                 "or set parallel.sequence_parallel=false"
+            ],
+        ),
+        (
+            {
+                "train.sequence_length": 31,
+                "parallel.tensor": 4,
+                "parallel.overlap": "full",
+                "parallel.sequence_parallel": False,
+            },
+            [
+                "train.sequence_length=31: is not a multiple of the 2 chunks of "
+                "parallel.overlap=full; the nearest that fits is 30 or 32"
             ],
         ),
         (
@@ -206,12 +226,13 @@ def test_every_number_in_a_remedy_is_a_remedy(data):
                 ("parallel.tensor", ["model.kv_heads"]),
                 ("parallel.tensor", ["model.ffn"]),
                 ("train.global_batch", ["train.micro_batch", "parallel.data"]),
-                ("train.sequence_length", ["train.micro_batch", "parallel.tensor"]),
+                ("train.sequence_length", ["parallel.tensor"]),
             ]
         )
     )
     valid = {name: data.draw(size) for name in (key, *others)}
-    valid["parallel.sequence_parallel"] = True
+    valid["parallel.sequence_parallel"] = data.draw(st.booleans())
+    valid["parallel.overlap"] = data.draw(st.sampled_from(["none", "backward", "full"]))
     found = list(cross_check(valid))
     assume(found)
     assert len(found) == 1
@@ -222,10 +243,46 @@ def test_every_number_in_a_remedy_is_a_remedy(data):
         assert not list(cross_check({**valid, key: number}))
 
 
-def test_without_sequence_parallel_any_length_goes():
-    valid = {"train.sequence_length": 31, "train.micro_batch": 1, "parallel.tensor": 4}
-    assert list(cross_check({**valid, "parallel.sequence_parallel": True}))
-    assert not list(cross_check({**valid, "parallel.sequence_parallel": False}))
+def length_faults(length, tensor, sequence_parallel, overlap):
+    return list(
+        cross_check(
+            {
+                "train.sequence_length": length,
+                "parallel.tensor": tensor,
+                "parallel.sequence_parallel": sequence_parallel,
+                "parallel.overlap": overlap,
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize("overlap", ["none", "backward"])
+def test_without_sequence_parallel_any_length_goes(overlap):
+    assert length_faults(31, 4, True, overlap)
+    assert not length_faults(31, 4, False, overlap)
+
+
+@given(
+    st.integers(1, 64),
+    st.integers(1, 8),
+    st.booleans(),
+    st.sampled_from(["none", "backward", "full"]),
+)
+@settings(deadline=None)
+def test_the_tensor_ranks_and_the_chunks_divide_the_sequence(length, tensor, sequential, overlap):
+    """Validation takes samples one by one, so the micro-batch does not help."""
+    ranks = tensor if sequential else 1
+    chunks = 2 if overlap == "full" and tensor > 1 else 1
+    assert bool(length_faults(length, tensor, sequential, overlap)) == bool(
+        length % (ranks * chunks)
+    )
+
+
+def test_doing_without_sequence_parallel_is_offered_only_where_it_helps():
+    for overlap, length in itertools.product(("none", "backward", "full"), range(1, 33)):
+        for fault in length_faults(length, 4, True, overlap):
+            offered = "parallel.sequence_parallel=false" in fault.remedy
+            assert offered == (not length_faults(length, 4, False, overlap)), (overlap, length)
 
 
 def test_a_check_waits_for_its_values():

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 
 from megallama.config import (
     ConfigError,
-    check_supported,
     config_to_yaml,
     load_config,
     parse_config,
@@ -232,17 +231,6 @@ def test_files_that_are_no_config(tmp_path, content, says):
     line = refusal(path)
     assert line.startswith(f"{path}{says}")
     assert "\n" not in line
-
-
-def test_check_supported(tiny):
-    check_supported(parse_config(tiny))
-    check_supported(parse_config({**tiny, "parallel": {"data": 1}}))
-    with pytest.raises(ConfigError) as caught:
-        check_supported(parse_config({**tiny, "parallel": {"tensor": 2, "data": 4}}))
-    assert str(caught.value).splitlines() == [
-        "parallel.tensor=2: this version runs one process; set it to 1",
-        "parallel.data=4: this version runs one process; set it to 1",
-    ]
 
 
 def test_imports_no_torch():

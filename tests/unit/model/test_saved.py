@@ -7,8 +7,8 @@ import torch
 
 from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
-from megallama.spec.saved import POLICIES, saved_bytes_per_token
-from tests.harness import build_model, forward_backward, micro_batch, model_config
+from megallama.spec.saved import POLICIES, saved_bytes
+from tests.harness import build_model, flat, forward_backward, micro_batch, model_config, parts
 from tests.reference import Batch, Shape, random_batch, random_weights
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -34,7 +34,7 @@ def test_policies(shape, dtype, batch):
     reference = forward_backward(build_model(shape, weights, dtype, "all"), batch)
     for policy in POLICIES:
         outcome = forward_backward(build_model(shape, weights, dtype, policy), batch)
-        declared = saved_bytes_per_token(config, policy, dtype.itemsize)
+        declared = saved_bytes(config, policy, dtype.itemsize)
         assert outcome.saved_bytes == declared * shape.layers * SAMPLES * LENGTH, policy
         assert torch.equal(outcome.loss, reference.loss)
         for name, grad in reference.grads.items():
@@ -64,10 +64,10 @@ def test_evaluation_keeps_nothing_and_gives_the_same_losses(dtype, batch):
     ours, stash = micro_batch(model, *batch), Stash()
     trained = drive(model.forward(ours, stash))
     assert len(stash) == shape.layers + 1
-    gradients = model.state.flat_gradients.clone()
+    gradients = flat(model.state.gradients)
     evaluated = drive(model.forward(ours, None))
     assert torch.equal(evaluated, trained)
-    assert torch.equal(model.state.flat_gradients, gradients), "evaluation touched a gradient"
+    assert torch.equal(flat(model.state.gradients), gradients), "evaluation touched a gradient"
     assert len(stash) == shape.layers + 1
 
 
@@ -84,5 +84,5 @@ def test_two_micro_batches_may_be_in_flight_in_two_stashes():
         queue = WgradQueue()
         drive(model.backward(*pair, queue), queue)
     assert torch.equal(torch.stack([loss.sum() for loss in losses]).sum(), expected.loss)
-    for name, grad in model.state.parts(model.state.gradients):
+    for name, grad in parts(model.state, model.state.gradients).items():
         assert torch.equal(grad, expected.grads[name]), name

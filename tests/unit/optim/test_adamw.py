@@ -13,7 +13,7 @@ from megallama.optim import adamw
 from megallama.optim.adamw import AdamW
 from megallama.parallel.state import ParameterState
 from megallama.spec.parameters import parameter_table
-from tests.harness import model_config
+from tests.harness import flat, lone_state, model_config, put
 from tests.reference import Shape
 from tests.unit.optim.trainers import optimizer_config
 
@@ -52,14 +52,14 @@ def gradients(state: ParameterState, step: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     return [
         torch.randn(p.shape, generator=generator, dtype=torch.float64).to(state.wide) * 3
-        for p in state.table
+        for p in TABLE
     ]
 
 
 def train(dtype: torch.dtype, steps: int = 5) -> tuple[ParameterState, AdamW]:
     """Some updates of which each divides its gradients by another number."""
-    state = ParameterState(TABLE, dtype, torch.device("cpu"))
-    state.flat_masters.copy_(start(state))
+    state = lone_state(TABLE, dtype)
+    put(state.masters, start(state))
     optimizer = AdamW(CONFIG, TABLE, state.masters, state.gradients)
     for step in range(steps):
         for parameter, gradient in zip(TABLE, gradients(state, step), strict=True):
@@ -68,15 +68,18 @@ def train(dtype: torch.dtype, steps: int = 5) -> tuple[ParameterState, AdamW]:
     return state, optimizer
 
 
-def start(state: ParameterState) -> torch.Tensor:
+def start(state: ParameterState) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(99)
-    return torch.randn(state.flat_masters.shape, generator=generator, dtype=torch.float64)
+    return {
+        name: torch.randn(master.shape, generator=generator, dtype=torch.float64)
+        for name, master in state.masters.items()
+    }
 
 
 def reference(dtype: torch.dtype, steps: int = 5) -> ParameterState:
     """torch.optim.AdamW, unfused, on the divided gradients."""
-    state = ParameterState(TABLE, dtype, torch.device("cpu"))
-    state.flat_masters.copy_(start(state))
+    state = lone_state(TABLE, dtype)
+    put(state.masters, start(state))
     groups = [
         {"params": [w for w in state.masters.values() if w.dim() == 2], "weight_decay": 0.3},
         {"params": [w for w in state.masters.values() if w.dim() == 1], "weight_decay": 0.0},
@@ -95,8 +98,8 @@ def reference(dtype: torch.dtype, steps: int = 5) -> ParameterState:
 def test_torch_kernel(dtype):
     state, optimizer = train(dtype)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
-    expected = reference(dtype).flat_masters
-    assert torch.allclose(state.flat_masters, expected, rtol=tolerance, atol=tolerance)
+    expected = flat(reference(dtype).masters)
+    assert torch.allclose(flat(state.masters), expected, rtol=tolerance, atol=tolerance)
     assert optimizer.updates == 5
 
 
@@ -113,7 +116,7 @@ def test_apex_kernel(dtype, monkeypatch):
     def assert_close(a, b):
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
-    assert_close(by_apex.flat_masters, by_torch.flat_masters)
+    assert_close(flat(by_apex.masters), flat(by_torch.masters))
     for kind in ("exp_avg", "exp_avg_sq"):
         ours, theirs = getattr(apex_optimizer, kind), getattr(torch_optimizer, kind)
         for name, moment in ours.items():
@@ -131,8 +134,9 @@ def test_apex_is_used_where_it_is_present_and_on_cuda_alone(monkeypatch, request
 
 
 def test_weight_decay_is_for_matrices_alone():
-    state = ParameterState(TABLE, torch.float64, torch.device("cpu"))
-    state.flat_masters.fill_(2.0)
+    state = lone_state(TABLE, torch.float64)
+    for master in state.masters.values():
+        master.fill_(2.0)
     AdamW(CONFIG, TABLE, state.masters, state.gradients).step(0.1, torch.ones((), dtype=state.wide))
     for name, master in state.masters.items():
         expected = 2.0 if master.dim() == 1 else 2.0 * (1 - 0.1 * 0.3)
@@ -141,10 +145,10 @@ def test_weight_decay_is_for_matrices_alone():
 
 def test_the_first_update_is_the_rate_times_the_sign():
     """m̂ / (√v̂ + ε) of one gradient is its sign; a closed form of the bias corrections."""
-    state = ParameterState(TABLE, torch.float64, torch.device("cpu"))
+    state = lone_state(TABLE, torch.float64)
     config = optimizer_config(eps=1e-30, weight_decay=0.0)
     optimizer = AdamW(config, TABLE, state.masters, state.gradients)
-    gradient = torch.randn(state.flat_gradients.shape, dtype=torch.float64)
-    state.flat_gradients.copy_(gradient)
+    put(state.gradients, {n: torch.randn_like(g) for n, g in state.gradients.items()})
+    gradient = flat(state.gradients)
     optimizer.step(0.25, torch.full((), 5.0, dtype=state.wide))
-    assert torch.allclose(state.flat_masters, -0.25 * gradient.sign(), rtol=1e-12)
+    assert torch.allclose(flat(state.masters), -0.25 * gradient.sign(), rtol=1e-12)

@@ -8,13 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megallama.config.load import parse_config
 from megallama.config.schema import Optimizer
 from megallama.data.dataset import Batch
+from megallama.dist.group import SingleGroup
 from megallama.optim.adamw import AdamW
+from megallama.parallel.zero import Zero, ZeroGroups
+from megallama.spec.grid import ALONE
 from megallama.train.step import TrainStep
 from tests import reference
-from tests.harness import build_model
+from tests.harness import build_model, model_config
 from tests.reference import ShapeLike
+
+CPU = torch.device("cpu")
 
 
 def optimizer_config(**changes: object) -> Optimizer:
@@ -29,10 +35,17 @@ def build_step(
     config: Optimizer | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> TrainStep:
-    model = build_model(shape, weights, dtype)
+    model, group = build_model(shape, weights, dtype), SingleGroup()
     state, config = model.state, config or optimizer_config()
-    optimizer = AdamW(config, state.table, state.masters, state.gradients)
-    return TrainStep(model, optimizer, micro_batch, config.grad_clip)
+    zero = Zero(state, ZeroGroups(group, group, group))
+    parameters = [shard.parameter for shard in state.table]
+    optimizer = AdamW(config, parameters, state.masters, state.own_gradients)
+    train = {"steps": 1, "sequence_length": 1}
+    train |= {"micro_batch": micro_batch, "global_batch": micro_batch}
+    sections = {"model": model_config(shape), "optimizer": config}
+    dumped = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    whole = parse_config({"train": train, **dumped})
+    return TrainStep(model, zero, optimizer, group, ALONE, whole)
 
 
 def step_batch(batch: reference.Batch) -> Batch:

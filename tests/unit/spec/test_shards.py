@@ -207,6 +207,7 @@ def test_buckets_are_layers_in_the_order_of_a_forward(tied):
 
 
 @given(names=st.sets(st.integers(0, 14)))
+@settings(deadline=None)
 def test_every_parameter_is_in_one_bucket_and_none_is_empty(names):
     """Of any part of a table: a pipeline stage has some layers and perhaps no embedding."""
     table: tuple[Parameter, ...] = parameter_table(model_config(Shape(layers=2)))

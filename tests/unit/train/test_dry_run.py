@@ -9,6 +9,7 @@ import pytest
 
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import ConfigError
+from megallama.spec.grid import Grid
 from megallama.spec.memory import held_bytes
 from megallama.train.build import build_dataset, build_trainer
 from megallama.train.dry_run import dry_run
@@ -46,7 +47,7 @@ def test_its_memory_is_that_of_the_buffers(
     make_config: MakeConfig, precision: str, tied: bool
 ) -> None:
     config = make_config({"train.precision": precision, "model.tie_embeddings": tied})
-    sizes = held_bytes(config)
+    sizes = held_bytes(config, Grid())
     trainer = build_trainer(config)
     held = trainer.model.state.bytes_held()
     assert {name: sizes[name] for name in held} == held

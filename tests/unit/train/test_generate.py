@@ -14,8 +14,11 @@ from megallama.data.tokenizer import Tokenizer, train_tokenizer
 from megallama.errors import ConfigError
 from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.generate import generate
+from megallama.train.meeting import Meeting
+from megallama.train.process import ALONE
 from megallama.train.snapshot import Progress, save
 from tests.conftest import MakeConfig, TinyData
+from tests.harness import parts, put
 from tests.reference import plain, random_weights
 
 
@@ -38,11 +41,10 @@ def test_it_is_the_references_argmax(make_config: MakeConfig, tiny_data: TinyDat
     config = make_config({"model.tie_embeddings": False})
     trainer = build_trainer(config)
     weights = random_weights(config.model, seed=3, dtype=torch.float32)
-    for name, master in trainer.model.state.parts(trainer.model.state.masters):
-        master.copy_(weights[name])
+    put(parts(trainer.model.state, trainer.model.state.masters), weights)
     trainer.model.state.masters["output"][:259].zero_()  # no </s>, and no bytes: few are text
     folder = config.run.directory / "checkpoints"
-    directory = save(trainer, Progress(), folder, build_dataset(trainer.config))
+    directory = save(trainer, Progress(), folder, build_dataset(trainer.config), Meeting(ALONE))
     texts = set()
     for prompt in ("the fox", "def x", "", " "):
         for count in (1, 7, 40):  # 40 tokens and the prompt do not fit the sequence of 32
@@ -68,7 +70,9 @@ def chain(make_config: MakeConfig, tiny_data: TinyData, tmp_path: Path) -> Calla
         for direction, (token, successor) in enumerate(successors.items()):
             masters["tok_embeddings"][token, direction] = 1
             masters["output"][successor, direction] = 1
-        return save(trainer, Progress(), tmp_path / "chain", build_dataset(trainer.config))
+        return save(
+            trainer, Progress(), tmp_path / "chain", build_dataset(trainer.config), Meeting(ALONE)
+        )
 
     return make
 
@@ -99,7 +103,9 @@ def test_it_needs_the_tokenizer_of_the_training(
     copy = tmp_path / "tokenizer.model"
     copy.write_bytes(tiny_data.tokenizer.read_bytes())
     with_copy = build_trainer(make_config({"data.tokenizer": str(copy)}))
-    directory = save(with_copy, Progress(), tmp_path, build_dataset(with_copy.config))
+    directory = save(
+        with_copy, Progress(), tmp_path, build_dataset(with_copy.config), Meeting(ALONE)
+    )
     generate(directory, "fox", 1)
     train_tokenizer([tiny_data.tokenizer.with_name("prose.jsonl")], 290, copy)
     with pytest.raises(ConfigError, match=r"tokenizer\.model: not the tokenizer"):
@@ -108,7 +114,9 @@ def test_it_needs_the_tokenizer_of_the_training(
     with pytest.raises(ConfigError, match=r"tokenizer\.model: No such file"):
         generate(directory, "fox", 1)
     without = build_trainer(make_config({"data.tokenizer": None}))
-    directory = save(without, Progress(step=1), tmp_path, build_dataset(without.config))
+    directory = save(
+        without, Progress(step=1), tmp_path, build_dataset(without.config), Meeting(ALONE)
+    )
     with pytest.raises(ConfigError, match=r"without data\.tokenizer"):
         generate(directory, "fox", 1)
 

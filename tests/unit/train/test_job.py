@@ -109,7 +109,7 @@ def test_signals_that_come_before_the_first_step_are_heard(
 def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(loop: Loop) -> None:
+    def step(loop: Loop, requests: object) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the second one was not heard")

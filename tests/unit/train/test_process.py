@@ -6,7 +6,16 @@ import pytest
 
 from megallama.errors import ConfigError
 from megallama.train.launch import launch
-from megallama.train.process import ALONE, Place, connect, expand_counts, expand_nodes, find_place
+from megallama.train.process import (
+    ALONE,
+    Place,
+    Process,
+    connect,
+    expand_counts,
+    expand_nodes,
+    find_place,
+)
+from megallama.train.signals import StopSignals
 
 TORCHRUN = {
     "RANK": "5",
@@ -147,12 +156,16 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_one_process_does_the_work_itself(launcher: pytest.MonkeyPatch) -> None:
-    assert launch(1, lambda process, stop: 75 if process is ALONE else 1) == 75
+    def work(prepared: int, process: Process, stop: StopSignals) -> int:
+        return 75 if process is ALONE and prepared == 1 else 1
+
+    assert launch(1, lambda size: size, work) == 75
 
 
 @pytest.mark.parametrize("nproc, launched", [(0, False), (-1, False), (2, True)])
 def test_nproc_is_refused(launcher: pytest.MonkeyPatch, nproc: int, launched: bool) -> None:
     for name, value in TORCHRUN.items() if launched else ():
         launcher.setenv(name, value)
+        launcher.setenv("LOCAL_RANK", "0")  # the others of a machine return the code in silence
     with pytest.raises(ConfigError, match=f"^--nproc {nproc}: "):
-        launch(nproc, lambda process, stop: 0)
+        launch(nproc, lambda size: size, lambda size, process, stop: 0)

@@ -25,6 +25,12 @@ from megallama.train.picture import smooth, thin
 from megallama.train.record import count_parameters, read_run, summarise, unigram_entropy
 from megallama.train.report import render_page, write_report
 
+
+def written(run_dir: Path) -> Path:
+    """The page, as `megallama report RUN_DIR` writes it."""
+    return write_report(run_dir, read_run(run_dir))
+
+
 MODEL = {"d_model": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 160, "vocab": 512}
 # Embedding and output; q and o; k and v; w1, w2 and w3; two norms a layer; the last norm.
 PARAMETERS = 2 * 512 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 160 + 2 * 64) + 64
@@ -120,7 +126,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_the_page_holds_all_it_shows(run_dir: Path) -> None:
-    page = write_report(run_dir)
+    page = written(run_dir)
     assert page == run_dir / "report" / "index.html"
     text = page.read_text()
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"base64,[^\"]*", "", text))
@@ -133,7 +139,7 @@ def test_the_page_holds_all_it_shows(run_dir: Path) -> None:
 
 
 def test_the_table_holds_the_runs_figures(run_dir: Path) -> None:
-    page = Page(write_report(run_dir).read_text())
+    page = Page(written(run_dir).read_text())
     assert page.table == {
         "final loss": "2.0200 nats",
         "validation loss": "3.0050 nats",
@@ -153,13 +159,13 @@ def test_the_table_holds_the_runs_figures(run_dir: Path) -> None:
 
 
 def test_names_are_escaped(run_dir: Path) -> None:
-    text = write_report(run_dir).read_text()
+    text = written(run_dir).read_text()
     assert "demo &lt;1&gt;" in text
     assert "<1>" not in text
 
 
 def test_the_picture_has_four_panels(run_dir: Path) -> None:
-    pixels = picture_of(write_report(run_dir))
+    pixels = picture_of(written(run_dir))
     height, width = pixels.shape[:2]
     assert width >= 1200
     curve = np.abs(pixels[..., :3] - np.array([0x1F, 0x5F, 0xA8]) / 255).max(axis=2) < 0.1
@@ -171,9 +177,9 @@ def test_the_picture_has_four_panels(run_dir: Path) -> None:
 def test_the_entropy_line_and_the_validation_points_are_drawn(tmp_path: Path) -> None:
     rows = [step_row(step) for step in range(1, 31)]
     config = {"data": {"mixture": [source(tmp_path / "web", 5.5)]}}
-    bare = picture_of(write_report(make_run(tmp_path / "bare", rows)))
+    bare = picture_of(written(make_run(tmp_path / "bare", rows)))
     full = picture_of(
-        write_report(make_run(tmp_path / "full", [*rows, validation_row(20, 3.0)], config))
+        written(make_run(tmp_path / "full", [*rows, validation_row(20, 3.0)], config))
     )
 
     def count(pixels: np.ndarray, color: tuple[int, int, int]) -> int:
@@ -194,12 +200,12 @@ def test_a_run_resumed_without_truncation_counts_each_step_once(tmp_path: Path) 
     assert [row["step"] for row in run.steps] == list(range(1, 31))
     assert [row["loss"] for row in run.steps[19:22]] == [2.2, 1.0, 1.0]
     assert summarise(run)["validation_loss"] == 1.5
-    write_report(tmp_path / "run")
+    written(tmp_path / "run")
 
 
 def test_one_step_makes_a_report(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", [step_row(1)])
-    page = Page(write_report(run_dir).read_text())
+    page = Page(written(run_dir).read_text())
     assert page.table["final loss"] == "6.0000 nats"
     assert page.table["median tokens/s"] == "100"
     assert "validation loss" not in page.table
@@ -214,7 +220,7 @@ def test_the_median_leaves_the_first_step_out(tmp_path: Path) -> None:
 
 def test_unknown_utilisation_is_left_out(tmp_path: Path) -> None:
     rows = [step_row(s, mfu=None, mfu_6n=None, tflops_per_gpu=None) for s in range(1, 151)]
-    page = Page(write_report(make_run(tmp_path / "run", rows)).read_text())
+    page = Page(written(make_run(tmp_path / "run", rows)).read_text())
     assert "median MFU" not in page.table
     assert "median TFLOP/s/GPU" not in page.table
     assert page.table["median tokens/s"] == "2,048"
@@ -225,19 +231,19 @@ def test_a_diverged_run_makes_a_report(tmp_path: Path, count: int) -> None:
     rows = [step_row(step) for step in range(1, count + 1)]
     rows += [step_row(count + i, loss=math.nan, grad_norm=math.inf) for i in range(1, 4)]
     run_dir = make_run(tmp_path / "run", rows)
-    page = Page(write_report(run_dir).read_text())
+    page = Page(written(run_dir).read_text())
     assert page.table["final loss"] == f"{2 + 4 / count:.4f} nats"
     assert page.table["steps"] == str(count + 3)
 
 
 def test_a_run_of_nulls_makes_a_report(tmp_path: Path) -> None:
     row = dict.fromkeys(step_row(1)) | {"step": 1}
-    page = Page(write_report(make_run(tmp_path / "run", [row])).read_text())
+    page = Page(written(make_run(tmp_path / "run", [row])).read_text())
     assert page.table == {"steps": "1"}
 
 
 def test_a_name_with_dollar_signs_is_drawn_as_it_is(tmp_path: Path) -> None:
-    page = write_report(make_run(tmp_path / "a$_{$", [step_row(1)]))
+    page = written(make_run(tmp_path / "a$_{$", [step_row(1)]))
     assert "<h1>a$_{$</h1>" in page.read_text()
 
 
@@ -253,7 +259,7 @@ def test_a_name_with_dollar_signs_is_drawn_as_it_is(tmp_path: Path) -> None:
 def test_a_directory_without_a_run_is_named(tmp_path: Path, make: Any, words: str) -> None:
     make(tmp_path / "demo")
     with pytest.raises(ConfigError, match=words) as caught:
-        write_report(tmp_path / "demo")
+        written(tmp_path / "demo")
     assert str(tmp_path / "demo") in str(caught.value)
     assert ": " in str(caught.value)  # and the way out
     assert not (tmp_path / "demo" / "report").exists()
@@ -263,7 +269,7 @@ def test_a_broken_config_is_named(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "demo", [step_row(1)])
     (run_dir / "config.yaml").write_text("run: [")
     with pytest.raises(ConfigError, match=r"config\.yaml line 1: not YAML"):
-        write_report(run_dir)
+        written(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +279,7 @@ def test_a_config_that_cannot_be_loaded_is_named(tmp_path: Path, content: str) -
     run_dir = make_run(tmp_path / "demo", [step_row(1)])
     (run_dir / "config.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.yaml") as refusal:
-        write_report(run_dir)
+        written(run_dir)
     assert "\n" not in str(refusal.value)
 
 
@@ -281,7 +287,7 @@ def test_a_config_that_is_a_folder_is_named(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "demo", [step_row(1)])
     (run_dir / "config.yaml").mkdir()
     with pytest.raises(ConfigError, match=r"config\.yaml: Is a directory"):
-        write_report(run_dir)
+        written(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +337,7 @@ def test_rows_edited_by_hand_are_gaps(tmp_path: Path, value: Any) -> None:
     rows += [{**validation_row(4, 3.0), "validation_loss_per_source": {"\ud800": value, "b": 1.0}}]
     run_dir = make_run(tmp_path / "demo", [])
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = Page(write_report(run_dir).read_text())
+    page = Page(written(run_dir).read_text())
     assert page.table["final loss"] == "4.0000 nats"
     assert page.table["validation loss"] == "3.0000 nats"
     assert page.table["median tokens/s"] == "2,048"
@@ -339,7 +345,7 @@ def test_rows_edited_by_hand_are_gaps(tmp_path: Path, value: Any) -> None:
 
 def test_a_validation_that_is_no_number_is_left_out(tmp_path: Path) -> None:
     row = {**validation_row(1, 3.0), "validation_loss": "abc", "validation_loss_per_source": [1]}
-    page = Page(write_report(make_run(tmp_path / "demo", [step_row(1), row])).read_text())
+    page = Page(written(make_run(tmp_path / "demo", [step_row(1), row])).read_text())
     assert not [title for title in page.table if "validation" in title]
 
 
@@ -347,12 +353,12 @@ def test_a_report_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "demo", [step_row(1)])
     (run_dir / "report").write_text("a file")
     with pytest.raises(ConfigError, match=r"cannot write .*report"):
-        write_report(run_dir)
+        written(run_dir)
 
 
 def test_nothing_but_the_report_is_left(run_dir: Path) -> None:
-    write_report(run_dir)
-    write_report(run_dir)
+    written(run_dir)
+    written(run_dir)
     assert sorted(os.listdir(run_dir / "report")) == ["index.html", "loss.png"]
 
 

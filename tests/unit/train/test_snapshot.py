@@ -18,12 +18,14 @@ from megallama.config.schema import Config
 from megallama.data.build import build
 from megallama.data.tokenizer import Tokenizer, train_tokenizer
 from megallama.errors import ConfigError, CorruptError
-from megallama.model.llama import Llama
-from megallama.train.build import build_dataset, build_trainer
+from megallama.train.build import build_dataset, build_lone_model, build_trainer
 from megallama.train.job import train
+from megallama.train.meeting import Meeting
 from megallama.train.metrics import read_metrics
+from megallama.train.process import ALONE
 from megallama.train.snapshot import Progress, find_checkpoint, restore, restore_weights, save
 from tests.conftest import MakeConfig, TinyData
+from tests.harness import flat, parts
 
 TENSORS = "rank-00000.safetensors"
 
@@ -50,7 +52,7 @@ def test_a_trainer_comes_back_whole(make_config: MakeConfig, tmp_path: Path) -> 
     for step in range(3):
         trainer.step.run(dataset.batch(4 * step, 4), 0.01)
     progress = Progress(step=3, samples=12, tokens=384, updates=3, skipped=1, failures=1)
-    directory = save(trainer, progress, tmp_path, dataset)
+    directory = save(trainer, progress, tmp_path, dataset, Meeting(ALONE))
 
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["state"] == vars(progress)
@@ -67,7 +69,7 @@ def test_a_trainer_comes_back_whole(make_config: MakeConfig, tmp_path: Path) -> 
     other = build_trainer(config)
     assert restore(other, Checkpoint(directory), dataset) == progress
     assert other.optimizer.updates == 3
-    assert other.model.state.flat_masters.equal(trainer.model.state.flat_masters)
+    assert flat(other.model.state.masters).equal(flat(trainer.model.state.masters))
     for mine, theirs in (
         (other.optimizer.exp_avg, trainer.optimizer.exp_avg),
         (other.optimizer.exp_avg_sq, trainer.optimizer.exp_avg_sq),
@@ -81,12 +83,15 @@ def test_weights_alone_come_back_in_the_compute_dtype(
 ) -> None:
     config = make_config({"train.precision": "bf16"})
     trainer = build_trainer(config)
-    trainer.model.state.flat_masters.add_(0.1)
-    directory = save(trainer, Progress(), tmp_path, build_dataset(config))
-    model: Llama = build_trainer(config).model
-    restore_weights(model, Checkpoint(directory))
-    assert model.state.flat_weights.dtype == torch.bfloat16
-    assert model.state.flat_weights.equal(trainer.model.state.flat_masters.bfloat16())
+    for master in trainer.model.state.masters.values():
+        master.add_(0.1)
+    directory = save(trainer, Progress(), tmp_path, build_dataset(config), Meeting(ALONE))
+    model, zero = build_lone_model(config, trainer.device)
+    restore_weights(model, zero, Checkpoint(directory))
+    masters = parts(trainer.model.state, trainer.model.state.masters)
+    weights = parts(model.state, model.state.weights)
+    assert flat(weights).dtype == torch.bfloat16
+    assert flat(weights).equal(flat(masters).bfloat16())
 
 
 def test_a_damaged_newest_is_passed_over_and_overwritten_in_its_time(
@@ -219,14 +224,15 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_key(
         Progress(),
         config.run.directory / "checkpoints",
         build_dataset(config),
+        Meeting(ALONE),
     )
     value = OTHER_RUNS.get(key, tiny_mapping["data"]["mixture"][:1])
     other = build_trainer(make_config({key: value}))
-    before = other.model.state.flat_masters.clone()
+    before = flat(other.model.state.masters)
     with pytest.raises(ConfigError, match=rf"^{key}.*trained with") as caught:
         restore(other, Checkpoint(directory), build_dataset(other.config))
     assert str(directory) in str(caught.value)
-    assert other.model.state.flat_masters.equal(before)
+    assert flat(other.model.state.masters).equal(before)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +247,9 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_key(
 def test_length_batch_rate_and_logging_may_change(make_config: MakeConfig, changes: dict) -> None:
     config = make_config()
     folder = config.run.directory / "checkpoints"
-    directory = save(build_trainer(config), Progress(step=1), folder, build_dataset(config))
+    directory = save(
+        build_trainer(config), Progress(step=1), folder, build_dataset(config), Meeting(ALONE)
+    )
     other = build_trainer(make_config(changes))
     assert restore(other, Checkpoint(directory), build_dataset(other.config)).step == 1
 
@@ -250,7 +258,9 @@ def test_without_validation_nothing_is_held_out_and_the_number_does_not_matter(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config({"validation.every": 0, "validation.sequences": 5})
-    directory = save(build_trainer(config), Progress(step=1), tmp_path, build_dataset(config))
+    directory = save(
+        build_trainer(config), Progress(step=1), tmp_path, build_dataset(config), Meeting(ALONE)
+    )
     other = build_trainer(make_config({"validation.every": 0, "validation.sequences": 6}))
     assert restore(other, Checkpoint(directory), build_dataset(other.config)).step == 1
 

@@ -15,6 +15,7 @@ from megallama.spec.labels import IGNORE
 from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.step import micro_batches
 from tests.conftest import MakeConfig
+from tests.harness import flat, parts
 from tests.reference import plain
 
 FP64 = {"train.precision": "fp64", "optimizer.grad_clip": 1.0}
@@ -27,7 +28,7 @@ def batch_and_trainer(make_config: MakeConfig, changes: dict[str, Any]) -> tuple
 
 def reference(trainer: Trainer, batch: Batch) -> Any:
     state = trainer.model.state
-    weights = {name: tensor.clone() for name, tensor in state.parts(state.masters)}
+    weights = {name: t.clone() for name, t in parts(state, state.masters).items()}
     return plain.forward_backward(
         trainer.config.model,
         weights,
@@ -101,7 +102,7 @@ def test_each_sources_loss_is_the_mean_over_its_valid_tokens(make_config: MakeCo
 def test_a_batch_without_a_label_is_left_out_without_a_fault(make_config: MakeConfig) -> None:
     batch, trainer = batch_and_trainer(make_config, {})
     empty = Batch(batch.tokens_NS, np.full_like(batch.labels_NS, IGNORE), batch.sources_N, None)
-    before = trainer.model.state.flat_masters.clone()
+    before = flat(trainer.model.state.masters)
     result = trainer.step.run(empty, 0.01)
     assert not result.applied
     assert result.fault is None
@@ -109,7 +110,7 @@ def test_a_batch_without_a_label_is_left_out_without_a_fault(make_config: MakeCo
     assert np.isnan(result.loss)
     assert np.isnan(result.grad_norm)
     assert result.source_losses == {}
-    assert trainer.model.state.flat_masters.equal(before)
+    assert flat(trainer.model.state.masters).equal(before)
 
 
 def test_a_source_without_a_label_has_no_loss(make_config: MakeConfig) -> None:

@@ -17,6 +17,7 @@ from megallama.train.job import train
 from megallama.train.metrics import read_metrics
 from megallama.train.validate import validate
 from tests.conftest import MakeConfig
+from tests.harness import flat, parts, put
 from tests.reference import plain
 
 
@@ -31,7 +32,7 @@ def trained(config: Config) -> tuple[Trainer, Dataset]:
 def expected(trainer: Trainer, batch: Batch) -> tuple[float, int]:
     """The summed loss and the count of valid tokens, by plain PyTorch in fp64."""
     state = trainer.model.state
-    weights = {name: tensor.double() for name, tensor in state.parts(state.masters)}
+    weights = {name: t.double() for name, t in parts(state, state.masters).items()}
     tokens, labels = torch.from_numpy(batch.tokens_NS), torch.from_numpy(batch.labels_NS)
     loss = plain.forward_backward(
         trainer.config.model, weights, tokens, labels, document_lengths=batch.document_lengths
@@ -43,7 +44,7 @@ def expected(trainer: Trainer, batch: Batch) -> tuple[float, int]:
 def test_it_is_the_mean_loss_of_the_held_out_tokens(make_config: MakeConfig, masked: bool) -> None:
     changes: dict[str, Any] = {"data.mask_documents": masked, "train.precision": "fp64"}
     trainer, dataset = trained(make_config(changes))
-    result = validate(trainer.model, dataset)
+    result = validate(trainer, dataset)
     assert list(result.by_source) == ["code", "prose"]
     sums, counts = [], []
     for source, name in enumerate(dataset.source_names):
@@ -60,17 +61,17 @@ def test_it_is_the_same_at_any_micro_batch(make_config: MakeConfig) -> None:
     results = []
     for size in (1, 2, 4):
         other = build_trainer(make_config({"train.micro_batch": size}))
-        other.model.state.flat_masters.copy_(trainer.model.state.flat_masters)
-        results.append(validate(other.model, dataset))
+        put(other.model.state.masters, trainer.model.state.masters)
+        results.append(validate(other, dataset))
     assert results[0] == results[1] == results[2]
 
 
 def test_it_changes_nothing(make_config: MakeConfig) -> None:
     trainer, dataset = trained(make_config())
     state = trainer.model.state
-    before = [t.clone() for t in (state.flat_masters, state.flat_weights, state.flat_gradients)]
-    validate(trainer.model, dataset)
-    after = (state.flat_masters, state.flat_weights, state.flat_gradients)
+    before = [flat(t) for t in (state.masters, state.weights, state.gradients)]
+    validate(trainer, dataset)
+    after = [flat(t) for t in (state.masters, state.weights, state.gradients)]
     assert all(a.equal(b) for a, b in zip(after, before, strict=True))
 
 
@@ -114,6 +115,6 @@ def test_a_source_without_a_valid_token_is_not_a_number(make_config: MakeConfig)
                 return batch
             return dataclasses.replace(batch, labels_NS=np.full_like(batch.labels_NS, IGNORE))
 
-    result = validate(trainer.model, Unlabelled())  # type: ignore[arg-type]
+    result = validate(trainer, Unlabelled())  # type: ignore[arg-type]
     assert np.isnan(result.by_source["code"])
     assert result.loss == result.by_source["prose"]

@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ from megallama.spec.logits import CHUNK_BYTES, chunk_length
 #: Bytes of fp32 rows in the softmax at a time: within a CPU's last-level cache; on a GPU, enough
 #: that launching costs little.
 SOFTMAX_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+
+
+#: A weight gradient that is yet to be added.
+Wgrad = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -76,24 +81,29 @@ class LinearCrossEntropy:
 
     def forward_backward(
         self, x_TD: Tensor, w_vD: Tensor, labels_T: Tensor, dw_vD: Tensor
-    ) -> Pass[tuple[Tensor, Tensor]]:
+    ) -> Pass[tuple[Tensor, Tensor, Wgrad]]:
         """Return the losses (T,) and this shard's part of the gradient (T, D) of their sum.
 
-        The weight's gradient is added into `dw_vD`.
+        The weight's gradient is added into `dw_vD`, that of the last chunk by what is returned
+        third: it can hide what is done with the gradient.
         """
         losses: list[Tensor] = []
+        wgrads: list[Wgrad] = []
         dx_TD = torch.empty_like(x_TD)
-        outputs = iter(dx_TD.split(self._chunk_length(x_TD, w_vD)))
+        pieces = dx_TD.split(self._chunk_length(x_TD, w_vD))
+        outputs, chunks = iter(pieces), len(pieces)
 
         def finish(chunk: _Chunk) -> Pass[None]:
             loss_c, lse_c = yield from self._combine(chunk)
             losses.append(loss_c)
             dlogits_cv = self._to_gradient(chunk, lse_c)
             next(outputs).copy_(linear_dgrad(dlogits_cv, w_vD))
-            linear_wgrad(dlogits_cv, chunk.x_cD, dw_vD)
+            wgrads.append(partial(linear_wgrad, dlogits_cv, chunk.x_cD, dw_vD))
+            if len(losses) < chunks:
+                wgrads.pop()()
 
         yield from self._each_chunk(x_TD, w_vD, labels_T, finish)
-        return torch.cat(losses), dx_TD
+        return torch.cat(losses), dx_TD, wgrads.pop()
 
     def _each_chunk(
         self,

@@ -8,10 +8,13 @@ already in its buffer.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import count
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from megallama.autograd.cross_entropy import Wgrad
 from megallama.autograd.layer import Filling
 from megallama.autograd.passes import Pass, in_turns
 from megallama.autograd.protocols import Norm, Tokens
@@ -28,7 +31,7 @@ class Output(Protocol):
 
     def loss_and_gradient(
         self, n_TD: Tensor, w_vD: Tensor, labels_T: Tensor
-    ) -> Pass[tuple[Tensor, Tensor]]: ...
+    ) -> Pass[tuple[Tensor, Tensor, Wgrad]]: ...
 
 
 class Head:
@@ -45,8 +48,10 @@ class Head:
         w_vD = yield self.output.weight()
         if stash is None:
             return (yield from self.output.loss(n_TD, w_vD, labels_T))
-        loss_T, dn_TD = yield from self.output.loss_and_gradient(n_TD, w_vD, labels_T)
-        stash.put(key, {"x": x.x_tD, "dn": (yield self.tokens.scatter(dn_TD))})
+        loss_T, dn_TD, wgrad = yield from self.output.loss_and_gradient(n_TD, w_vD, labels_T)
+        dn = self.tokens.scatter(dn_TD)
+        wgrad()
+        stash.put(key, {"x": x.x_tD, "dn": (yield dn)})
         return loss_T
 
     def backward(self, saved: Saved) -> Pass[Tensor]:
@@ -55,6 +60,13 @@ class Head:
 
     def normalised(self, x: Filling) -> Pass[Tensor]:
         """The final norm's output, whole: (T, D)."""
-        yield from in_turns(x.passes)
-        n_tD = self.norm.forward(x.x_tD, (yield self.norm.weight()))
-        return (yield self.tokens.gather(n_tD))
+        norm_w = yield self.norm.weight()
+        chunks = [torch.empty(0)] * len(x.passes)
+
+        def chunk(index: int, fill: Pass[None], x_cD: Tensor) -> Pass[None]:
+            yield from fill
+            chunks[index] = yield self.tokens.gather_chunk(self.norm.forward(x_cD, norm_w))
+
+        pieces = zip(count(), x.passes, self.tokens.split(x.x_tD), strict=False)
+        yield from in_turns([chunk(*piece) for piece in pieces])
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)

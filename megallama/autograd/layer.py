@@ -19,7 +19,7 @@ other's GEMMs. So a layer hands on passes that are not finished: a `Filling`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -34,7 +34,7 @@ from megallama.autograd.rope import Rotation, rope_backward, rope_forward
 from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Saved, Stash
 from megallama.autograd.swiglu import swiglu_backward, swiglu_forward
-from megallama.dist.handle import Done
+from megallama.dist.handle import Covered, Done
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,10 @@ class DecoderLayer:
                 self.w13.forward(n2_CD, w13, out=gate_up_Cf)
         dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf)
         dn2 = self.tokens.scatter(self.w13.dgrad(dgate_up_Tf, w13))
-        n2_TD = yield n2
+        n2_TD = yield Covered(n2)
         queue.defer(partial(self.w2.wgrad, dz_TD, act_Tf))
-        queue.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD))
+        queue.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD, part=0, parts=2))
+        queue.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD, part=1, parts=2))
         del dact_Tf, gate_up_Tf, act_Tf, dgate_up_Tf
         return self.norm2.backward((yield dn2), x2_tD, norm_w).add_(dz_tD)
 
@@ -247,10 +248,11 @@ class DecoderLayer:
         o_Th = saved["o"]
         dqkv_Th = self._attend_backward(do_Th, positions, saved)
         dn1 = self.tokens.scatter(self.wqkv.dgrad(dqkv_Th, (yield self.wqkv.weight())))
-        n1_TD = yield n1
-        queue.defer(partial(self.wo.wgrad, dx2_TD, o_Th))
-        queue.defer(partial(self.wqkv.wgrad, dqkv_Th, n1_TD))
-        del do_Th, dqkv_Th, o_Th
+        n1_TD = yield Covered(n1)
+        # Together they are about as long as each of the three pieces above.
+        wgrads = partial(self.wo.wgrad, dx2_TD, o_Th), partial(self.wqkv.wgrad, dqkv_Th, n1_TD)
+        queue.defer(partial(_run, *wgrads))
+        del do_Th, dqkv_Th, o_Th, wgrads
         return self.norm1.backward((yield dn1), x_tD, norm_w).add_(dx2_tD)
 
     def _attend_backward(self, do_Th: Tensor, positions: Positions, saved: Saved) -> Tensor:
@@ -269,6 +271,11 @@ class DecoderLayer:
         rope_backward(gradients[1], positions.rotation, out=dk)
         dv.copy_(gradients[2])
         return dqkv_Th
+
+
+def _run(*wgrads: Callable[[], None]) -> None:
+    for wgrad in wgrads:
+        wgrad()
 
 
 def _nothing() -> Pass[None]:

@@ -65,8 +65,11 @@ class Linear(Protocol):
 
     def dgrad(self, dy: Tensor, w: Tensor) -> Tensor: ...
 
-    def wgrad(self, dy: Tensor, x: Tensor) -> None:
-        """Add the weight's gradient into its buffer."""
+    def wgrad(self, dy: Tensor, x: Tensor, part: int = 0, parts: int = 1) -> None:
+        """Add the weight's gradient into its buffer, or one of `parts` equal parts of its rows.
+
+        Parts come in order; with the last one the gradient has landed.
+        """
         ...
 
 

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; exit codes: 0 done, 75 or 130 stopped after saving."""
     from megallama.config.load import load_config
-
     from megallama.config.schema import Config
     from megallama.spec.grid import make_grid
     from megallama.train.launch import launch

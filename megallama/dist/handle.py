@@ -40,6 +40,17 @@ class Done(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Covered(Generic[T]):
+    """A handle that needs no cover any more: enough has run since it was started."""
+
+    handle: Handle[T]
+    cover: int = 0
+
+    def wait(self) -> T:
+        return self.handle.wait()
+
+
+@dataclass(frozen=True)
 class Joined(Generic[T]):
     """Several handles as one: waits for each in order, then has `value`."""
 

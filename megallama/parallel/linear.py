@@ -30,9 +30,11 @@ class ParallelLinear:
     def dgrad(self, dy: Tensor, w: Tensor) -> Tensor:
         return linear_dgrad(dy, w)
 
-    def wgrad(self, dy: Tensor, x: Tensor) -> None:
-        linear_wgrad(dy, x, self.state.gradients[self.name])
-        self.state.landed(self.name)
+    def wgrad(self, dy: Tensor, x: Tensor, part: int = 0, parts: int = 1) -> None:
+        dw = self.state.gradients[self.name]
+        linear_wgrad(dy.chunk(parts, dim=1)[part], x, dw.chunk(parts)[part])
+        if part == parts - 1:
+            self.state.landed(self.name)
 
 
 class ColumnParallelLinear(ParallelLinear):

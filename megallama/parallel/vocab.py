@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megallama.autograd.cross_entropy import LinearCrossEntropy, VocabShard
+from megallama.autograd.cross_entropy import LinearCrossEntropy, VocabShard, Wgrad
 from megallama.autograd.embedding import embedding_backward, embedding_forward
 from megallama.autograd.layer import Filling
 from megallama.autograd.passes import Pass
@@ -73,12 +73,18 @@ class VocabParallelOutput:
 
     def loss_and_gradient(
         self, n_TD: Tensor, w_vD: Tensor, labels_T: Tensor
-    ) -> Pass[tuple[Tensor, Tensor]]:
+    ) -> Pass[tuple[Tensor, Tensor, Wgrad]]:
         """The losses (T,) and this shard's part of the gradient of their sum (T, D).
 
-        The weight's gradient goes to its buffer.
+        The weight's gradient is in its buffer once the third has been called.
         """
         dw_vD = self.state.gradients[OUTPUT]
-        result = yield from self.cross_entropy.forward_backward(n_TD, w_vD, labels_T, dw_vD)
-        self.state.landed(OUTPUT)
-        return result
+        loss_T, dn_TD, last_wgrad = yield from self.cross_entropy.forward_backward(
+            n_TD, w_vD, labels_T, dw_vD
+        )
+
+        def wgrad() -> None:
+            last_wgrad()
+            self.state.landed(OUTPUT)
+
+        return loss_T, dn_TD, wgrad

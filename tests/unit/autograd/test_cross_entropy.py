@@ -44,6 +44,13 @@ def whole() -> LinearCrossEntropy:
     return LinearCrossEntropy(VocabShard(0, V, 1, lambda x: Done(x)))
 
 
+def forward_backward(op, *arguments):
+    """The losses and the gradient, with the last chunk's weight gradient added too."""
+    losses, dx, wgrad = yield from op.forward_backward(*arguments)
+    wgrad()
+    return losses, dx
+
+
 def reference(x, w, labels=LABELS):
     return torch.nn.functional.cross_entropy(x @ w.T, labels, ignore_index=IGNORE, reduction="none")
 
@@ -54,7 +61,7 @@ def test_gradient():
 
     def backward(dloss, x, w):
         dw = torch.zeros_like(w)
-        _, dx = drive(op.forward_backward(x, w, LABELS, dw))
+        _, dx = drive(forward_backward(op, x, w, LABELS, dw))
         return dx * dloss, dw * dloss
 
     def forward(x, w):
@@ -80,7 +87,7 @@ def test_losses_against_torch(chunks, monkeypatch):
     assert max(lengths) <= chunks
     assert torch.allclose(losses, reference(x, w), rtol=1e-13, atol=1e-14)
     assert not losses[LABELS == IGNORE].any()
-    with_gradient, dx = drive(op.forward_backward(x, w, LABELS, torch.zeros_like(w)))
+    with_gradient, dx = drive(forward_backward(op, x, w, LABELS, torch.zeros_like(w)))
     assert torch.equal(with_gradient, losses)
     assert not dx[LABELS == IGNORE].any()
     held = {name: buffer.numel() for name, buffer in op._buffers.items()}
@@ -91,8 +98,8 @@ def test_losses_against_torch(chunks, monkeypatch):
 def test_the_weight_gradient_is_added(chunks):
     x, w, held = random(T, D), random(V, D), random(V, D, seed=1)
     added, alone = held.clone(), torch.zeros_like(held)
-    drive(whole().forward_backward(x, w, LABELS, alone))
-    drive(whole().forward_backward(x, w, LABELS, added))
+    drive(forward_backward(whole(), x, w, LABELS, alone))
+    drive(forward_backward(whole(), x, w, LABELS, added))
     assert torch.allclose(added, held + alone, rtol=1e-13, atol=1e-14)
 
 
@@ -101,13 +108,13 @@ def test_a_smaller_batch_after_a_larger_one():
     op, w = whole(), random(V, D)
     for tokens in (3, T, 2, T):
         x = random(tokens, D)
-        losses, _ = drive(op.forward_backward(x, w, LABELS[:tokens], torch.zeros_like(w)))
+        losses, _ = drive(forward_backward(op, x, w, LABELS[:tokens], torch.zeros_like(w)))
         assert torch.allclose(losses, reference(x, w, LABELS[:tokens]), rtol=1e-13, atol=1e-14)
 
 
 def test_large_logits_do_not_overflow():
     x, w = 1e3 * random(T, D), random(V, D)
-    losses, dx = drive(whole().forward_backward(x, w, LABELS, torch.zeros_like(w)))
+    losses, dx = drive(forward_backward(whole(), x, w, LABELS, torch.zeros_like(w)))
     assert torch.isfinite(dx).all()
     assert torch.allclose(losses, reference(x, w), rtol=1e-12, atol=1e-9)
 
@@ -115,7 +122,7 @@ def test_large_logits_do_not_overflow():
 def test_all_labels_ignored():
     x, w, dw = random(T, D), random(V, D), torch.zeros(V, D, dtype=torch.float64)
     labels = torch.full((T,), IGNORE)
-    losses, dx = drive(whole().forward_backward(x, w, labels, dw))
+    losses, dx = drive(forward_backward(whole(), x, w, labels, dw))
     assert not losses.any()
     assert not dx.any()
     assert not dw.any()
@@ -124,7 +131,7 @@ def test_all_labels_ignored():
 def test_bf16_losses_are_fp32():
     x, w = random(T, D).bfloat16(), random(V, D).bfloat16()
     dw = torch.zeros(V, D)
-    losses, dx = drive(whole().forward_backward(x, w, LABELS, dw))
+    losses, dx = drive(forward_backward(whole(), x, w, LABELS, dw))
     assert losses.dtype == torch.float32
     assert dx.dtype == torch.bfloat16
     exact = reference(x.double(), w.double())
@@ -212,7 +219,7 @@ def sharded(
     shards = ranks.split(w)
     dws = [torch.zeros_like(shard) for shard in shards] if dw is None else ranks.split(dw)
     passes = [
-        op.forward_backward(x, shard, labels, d)
+        forward_backward(op, x, shard, labels, d)
         for op, shard, d in zip(ranks.ops(), shards, dws, strict=True)
     ]
     results = in_lock_step(passes)
@@ -318,7 +325,7 @@ def test_bf16_shards_agree_to_the_bit_among_themselves(monkeypatch):
     x, w = random(T, D).bfloat16(), random(V, D).bfloat16()
     shards = ranks.split(w)
     passes = [
-        op.forward_backward(x, shard, LABELS, torch.zeros(shard.shape))
+        forward_backward(op, x, shard, LABELS, torch.zeros(shard.shape))
         for op, shard in zip(ranks.ops(), shards, strict=True)
     ]
     results = in_lock_step(passes)

@@ -103,9 +103,9 @@ class RecordedLinear:
         self.log.append(f"B {self.name}")
         return marked(linear_dgrad(dy, w), self.dx)
 
-    def wgrad(self, dy: Tensor, x: Tensor) -> None:
-        self.log.append(f"W {self.name}")
-        linear_wgrad(dy, x, self.dw)
+    def wgrad(self, dy: Tensor, x: Tensor, part: int = 0, parts: int = 1) -> None:
+        self.log.append(f"W {self.name}" + (f" {part + 1}/{parts}" if parts > 1 else ""))
+        linear_wgrad(dy.chunk(parts, 1)[part], x, self.dw.chunk(parts)[part])
 
 
 class RecordedNorm:
@@ -236,12 +236,13 @@ def test_what_hides_what():
     drive(downwards(layer, saved, positions, queue), queue)
     lower = len(log) - log[::-1].index("start gather dz") - 1
     upper, below = log[:lower], log[lower:]
-    assert in_flight(upper, "scatter dn1") == ["W wo"]
-    assert in_flight(below, "gather dz") == ["F norm2", "W wqkv"]  # n2 is recomputed meanwhile
+    assert in_flight(upper, "scatter dn1") == ["W w13 2/2"]
+    # n2 is recomputed meanwhile
+    assert in_flight(below, "gather dz") == ["F norm2", "W wo", "W wqkv"]
     # The wait for dz comes after this start, so the layer above's last W stands here too.
-    assert in_flight(below, "gather n2") == ["W wqkv", "B w2", "B w13"]
+    assert in_flight(below, "gather n2") == ["W wo", "W wqkv", "B w2", "B w13"]
     assert in_flight(below, "scatter dn2") == ["W w2"]
-    assert in_flight(below, "gather dx2") == ["F norm1", "W w13"]
+    assert in_flight(below, "gather dx2") == ["F norm1", "W w13 1/2"]
     assert in_flight(below, "gather n1")[-2:] == ["B wo", "B wqkv"]
 
 
@@ -305,7 +306,8 @@ def test_what_is_recomputed_takes_the_forward_s_own_gemms(policy, chunks):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_each_weight_gradient_runs_once_and_in_one_order(policy):
     _, log = run(policy)
-    assert [entry for entry in log if entry[0] == "W"] == ["W w2", "W w13", "W wo", "W wqkv"]
+    done = [entry for entry in log if entry[0] == "W"]
+    assert done == ["W w2", "W w13 1/2", "W w13 2/2", "W wo", "W wqkv"]
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -65,7 +65,10 @@ bench-cpu: .venv/installed-test
 	.venv/bin/python benchmarks/training_step.py --json benchmarks/results/training-step-cpu.json
 
 bench-network: .venv/installed-test
-	.venv/bin/python benchmarks/overlap_network.py --json benchmarks/results/overlap-network.json
+	.venv/bin/python benchmarks/overlap_network.py --only tensor --rounds 5 \
+		--json benchmarks/results/overlap-tensor.json
+	.venv/bin/python benchmarks/overlap_network.py --only data --rounds 5 \
+		--json benchmarks/results/overlap-data.json
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -6,7 +6,8 @@ of the vocabulary, padding included.
 All logits of a micro-batch never exist together: each chunk's are computed, turned into their own
 gradient in place, and used for all three GEMMs while they are there. So the forward returns the
 gradient of its input as well, and the logits are computed once rather than twice. The softmax needs
-two numbers of every token from the other tensor ranks; they travel under the next chunk's logits.
+two numbers of every token from the other tensor ranks; they travel under the next chunk's logits,
+where there is a next chunk.
 """
 
 from __future__ import annotations

@@ -93,19 +93,20 @@ class DecoderLayer:
     ) -> Pass[Filling]:
         """Return the layer's output. Without a stash nothing is saved: evaluation."""
         x_tD = x.x_tD
-        n1_tD = torch.empty_like(x_tD) if "n1" in self.saves else None
-        n2_tD = torch.empty_like(x_tD) if "n2" in self.saves else None
+        saves = self.saves if stash is not None else frozenset()
+        n1_tD = torch.empty_like(x_tD) if "n1" in saves else None
+        n2_tD = torch.empty_like(x_tD) if "n2" in saves else None
         qkv_Th = yield from self._project_qkv(x_tD, x.passes, n1_tD, positions)
         o_Th, lse_TH = self._attend(qkv_Th, positions)
         x2_tD, z_tD = torch.empty_like(x_tD), torch.empty_like(x_tD)
         w13_fD = yield self.w13.weight()
-        gate_up_Tf = qkv_Th.new_empty(len(qkv_Th), len(w13_fD))
+        gate_up_Tf = qkv_Th.new_empty(len(qkv_Th), len(w13_fD)) if "gate_up" in saves else None
         residuals = yield from self._project_out(o_Th, x_tD, x2_tD)
         passes = yield from self._feed_forward(residuals, x2_tD, n2_tD, gate_up_Tf, z_tD)
         if stash is not None:
             saved = dict(x=x_tD, n1=n1_tD, qkv=qkv_Th, o=o_Th, lse=lse_TH)
             saved |= dict(x2=x2_tD, n2=n2_tD, gate_up=gate_up_Tf)
-            stash.put(key, {n: t for n, t in saved.items() if n in self.saves and t is not None})
+            stash.put(key, {n: t for n, t in saved.items() if n in saves and t is not None})
         return Filling(z_tD, passes)
 
     def backward(
@@ -168,24 +169,33 @@ class DecoderLayer:
         before: Sequence[Pass[None]],
         x2_tD: Tensor,
         n2_tD: Tensor | None,
-        gate_up_Tf: Tensor,
+        gate_up_Tf: Tensor | None,
         z_tD: Tensor,
     ) -> Pass[Sequence[Pass[None]]]:
-        """Passes that fill the chunks of gate_up and z, each after the one before that fills x2."""
+        """Passes that fill the chunks of z, each after the one before that fills x2.
+
+        n2 and gate_up are kept where there is room for them.
+        """
         norm_w = yield self.norm2.weight()
         w13_fD, w2_Df = (yield self.w13.weight()), (yield self.w2.weight())
 
         def chunk(
-            fill: Pass[None], x2_cD: Tensor, n2_cD: Tensor | None, gate_up_cf: Tensor, z_cD: Tensor
+            fill: Pass[None],
+            x2_cD: Tensor,
+            n2_cD: Tensor | None,
+            kept_Cf: Tensor | None,
+            z_cD: Tensor,
         ) -> Pass[None]:
             yield from fill
             n_cD = self.norm2.forward(x2_cD, norm_w)
             if n2_cD is not None:
                 n2_cD.copy_(n_cD)
-            self.w13.forward((yield self.tokens.gather_chunk(n_cD)), w13_fD, out=gate_up_cf)
+            n_CD = yield self.tokens.gather_chunk(n_cD)
+            gate_up_Cf = self.w13.forward(n_CD, w13_fD, out=kept_Cf)
             yield PAUSE  # the other chunk's norm and the start of its all-gather fit in here
-            act_cf = swiglu_forward(gate_up_cf)
-            out_cD = yield self.tokens.scatter_chunk(self.w2.forward(act_cf, w2_Df))
+            out_CD = self.w2.forward(swiglu_forward(gate_up_Cf), w2_Df)
+            del n_CD, gate_up_Cf
+            out_cD = yield self.tokens.scatter_chunk(out_CD)
             torch.add(x2_cD, out_cD, out=z_cD)
 
         pieces = zip(before, *map(self._chunks, (x2_tD, n2_tD, gate_up_Tf, z_tD)), strict=True)

@@ -61,7 +61,9 @@ def connect(
     timeout: timedelta = TIMEOUT,
     hostname: str | None = None,
 ) -> Groups:
-    """The groups of global rank `rank`: gloo on a CPU, NCCL on CUDA; returns when all are there.
+    """The groups of global rank `rank`: gloo on a CPU, NCCL on CUDA.
+
+    Returns when all ranks are there; NCCL connects with its first operation.
 
     `store`: where they meet; None where every group is of one.
     `members`: group name → the global ranks of this rank's group of that name, in group order; all

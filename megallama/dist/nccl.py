@@ -1,7 +1,8 @@
 """A group over NCCL: collectives queued on the process group's own stream.
 
-Multi-GPU NCCL has never been run: the calls were tested on a gloo backend, on machines without a
-second GPU.
+Multi-GPU NCCL has never been run. The calls were tested on a gloo backend, which does not coalesce,
+so the coalesced calls of the rows operations have run nowhere. A handle's `wait` makes only the
+stream wait: a lost peer shows where values come back to the host, and then as the watchdog's abort.
 
 Where this differs from `Group`: NCCL adds in an order of its own and in the tensor's dtype, so
 reductions are exact only where `wire` narrows the tensor's dtype; then the parts travel by

@@ -122,6 +122,8 @@ class Zero:
         if EMBEDDING in bucket:
             self.state.fold_tied_gradient()
         gradients = [self.state.padded_gradients[name] for name in bucket]
+        if self.wire is not None and len(self._reducing) > 1:
+            self._reducing.pop(0).wait()  # copies in the wire's dtype live as long as the handle
         self._reducing.append(self.groups.data.reduce_scatter_rows(gradients, self.wire))
 
     def _norm_gradients(self) -> list[Tensor]:

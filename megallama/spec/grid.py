@@ -56,7 +56,7 @@ class Grid:
         return tuple(self.rank(place | {axis: i}) for i in range(size))
 
     def __str__(self) -> str:
-        """One line a rank, as `megallama doctor` and the documentation show it."""
+        """One line a rank."""
         lines = ["rank  pp  dp  tp"]
         for rank in range(self.size):
             c = self.coordinates(rank)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-#: Bytes of logits held at a time, by device type. On a CPU (2 cores, V=32,000, bf16) chunks below
-#: 1,000 tokens lose more to the fp32 accumulation of the weight gradient than they gain in cache.
-#: On a GPU it is 8,192 tokens at V=128k; chosen, not measured.
+#: Bytes of a chunk of logits, by device type; two exist at a time among tensor ranks. On a CPU (2
+#: cores, V=32,000, bf16) chunks below 1,000 tokens lose more to the fp32 accumulation of the weight
+#: gradient than they gain in cache. On a GPU it is 8,192 tokens at V=128k; chosen, not measured.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 
 

@@ -11,23 +11,29 @@ import numpy as np
 import torch
 
 from megallama.config.schema import Config
-from megallama.data.dataset import Batch
+from megallama.data.dataset import Batch, Dataset
 from megallama.errors import DivergedError
 from megallama.optim.schedule import learning_rate
-from megallama.spec import grid
 from megallama.spec.grid import Place
-from megallama.train.build import Trainer, build_dataset, build_trainer
+from megallama.train.agree import same_everywhere
+from megallama.train.build import Trainer, build_trainer
 from megallama.train.device import device_name
 from megallama.train.doctor import versions
+from megallama.train.meeting import Meeting
 from megallama.train.process import ALONE, Process
 from megallama.train.throughput import speed
 
 
 def bench(config: Config, steps: int, warmup: int, process: Process = ALONE) -> dict[str, Any]:
     """Time `steps` training steps after `warmup`; rates are those of the median step."""
+    dataset = same_everywhere(config, Meeting(process, "bench"))
     trainer = build_trainer(config, process)
-    batch_of = batches(config, trainer.place)
-    seconds = [_timed_step(trainer, batch_of(i), i + 1) for i in range(warmup + steps)][warmup:]
+    batch_of = batches(config, dataset, trainer.place)
+    try:
+        seconds = [_timed_step(trainer, batch_of(i), i + 1) for i in range(warmup + steps)]
+    finally:
+        trainer.groups.close()
+    seconds = seconds[warmup:]
     tokens = config.train.global_batch * config.train.sequence_length
     figures = speed(trainer, tokens, statistics.median(seconds))
     figures["peak_memory_bytes"] = figures.pop("memory_bytes")
@@ -66,13 +72,12 @@ def _timed_step(trainer: Trainer, batch: Batch, step: int) -> float:
     return seconds
 
 
-def batches(config: Config, place: Place = grid.ALONE) -> Callable[[int], Batch]:
+def batches(config: Config, dataset: Dataset | None, place: Place) -> Callable[[int], Batch]:
     """This data rank's samples of a step: from the config's data, or random where it has none."""
     size, length = config.train.global_batch, config.train.sequence_length
     mine = size // place.grid.data
     first = mine * place.along("data")
-    if not config.data.is_empty:
-        dataset = build_dataset(config)
+    if dataset is not None:
         return lambda step: dataset.batch(step * size + first, mine)
 
     def synthetic(step: int) -> Batch:

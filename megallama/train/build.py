@@ -27,6 +27,11 @@ from megallama.train.device import DTYPES, choose_device, make_deterministic
 from megallama.train.process import ALONE, Process
 from megallama.train.step import TrainStep
 
+NO_DATA = (
+    "data.mixture: is empty, and so is data.phases; name the token files to train on, as "
+    "configs/cpu-tiny.yaml does"
+)
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -112,10 +117,7 @@ def build_dataset(config: Config) -> Dataset:
     """
     data = config.data
     if data.is_empty:
-        raise ConfigError(
-            "data.mixture: is empty, and so is data.phases; name the token files to train on, "
-            "as configs/cpu-tiny.yaml does"
-        )
+        raise ConfigError(NO_DATA)
     phases = [
         (phase.until_tokens, [(s.name, s.path, s.weight) for s in phase.mixture])
         for phase in data.all_phases

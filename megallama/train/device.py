@@ -31,6 +31,8 @@ def choose_device(config: Config, local_rank: int = 0) -> torch.device:
             f"model.heads={config.model.heads}: heads of width {width}; on CUDA the width is a "
             "multiple of 8 up to 256; choose heads so that model.d_model / heads is"
         )
+    if torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        local_rank = 0  # the launcher showed each process a GPU of its own (--gpus-per-task)
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; start as "

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megallama.checkpoint.manifest import MANIFEST
 from megallama.checkpoint.store import Checkpoint, committed_checkpoints
 from megallama.config.load import config_to_yaml
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError
 from megallama.files import refuse_os_errors, write_atomic
-from megallama.spec.grid import make_grid
-from megallama.train.build import Trainer, build_dataset, build_trainer
+from megallama.train.agree import refuse_differences, same_everywhere
+from megallama.train.build import NO_DATA, Trainer, build_trainer
 from megallama.train.console import Console
 from megallama.train.device import bf16_is_emulated
 from megallama.train.loop import Loop
@@ -45,90 +45,68 @@ def train(
     """
     with nullcontext(stop) if stop else StopSignals() as stop:
         meeting = Meeting(process)
-        dataset = _same_everywhere(config, meeting)
+        dataset = same_everywhere(config, meeting)
+        if dataset is None:
+            raise ConfigError(NO_DATA)
         quiet = not meeting.leads
         with Console(config.train.total_steps, config.log.every, quiet) as console:
             trainer = build_trainer(config, process)
             try:
-                checkpoint = _checkpoint(config.run.directory, resume, console, meeting)
-                progress = _start(trainer, checkpoint, dataset, console, meeting)
+                resumed_from = _checkpoint(config.run.directory, resume, console, meeting)
+                progress = _start(trainer, resumed_from, dataset, console, meeting)
                 _describe(trainer, dataset, progress, console)
-                resumed_from = checkpoint.directory if checkpoint else None
                 loop = Loop(trainer, dataset, progress, console, meeting, resumed_from)
                 return loop.run(stop)
             finally:
                 trainer.groups.close()
 
 
-def _same_everywhere(config: Config, meeting: Meeting) -> Dataset:
-    """The run's samples, once every process has the same config and the same data.
-
-    Raises:
-        UserError: a process cannot use the config or its data, or has others than rank 0.
-    """
-    opened: list[Dataset] = []
-
-    def open_data() -> str:
-        make_grid(config, meeting.process.size)
-        opened.append(build_dataset(config))
-        return json.dumps(_facts(config, opened[0]))
-
-    meeting.hold(open_data, _refuse_differences)
-    return opened[0]
-
-
-def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What every rank must have alike, by its name."""
-    sections = config.model_dump(mode="json").items()
-    facts = {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
-    facts["data.tokenizer's hash"] = dataset.tokenizer_hash
-    return facts | {f"data source {name!r}": mark for name, mark in dataset.fingerprints.items()}
-
-
-def _refuse_differences(ranks: Sequence[str]) -> str:
-    """Rank 0's facts. Raises ConfigError at the first rank that has others."""
-    first = json.loads(ranks[0])
-    for rank, text in enumerate(ranks):
-        if text == ranks[0]:
-            continue
-        facts = json.loads(text)
-        name = next(n for n in first | facts if facts.get(n) != first.get(n))
-        raise ConfigError(
-            f"{name}: rank {rank} has {facts.get(name)}, rank 0 has {first.get(name)}; start every "
-            "rank with the same config and the same files"
-        )
-    return ranks[0]
-
-
 def _start(
     trainer: Trainer,
-    checkpoint: Checkpoint | None,
+    resumed_from: Path | None,
     dataset: Dataset,
     console: Console,
     meeting: Meeting,
 ) -> Progress:
-    """Fill the trainer, and write the run's config.yaml."""
+    """Fill the trainer, and write the run's config.yaml.
+
+    Raises:
+        ConfigError: the run's directory cannot be written, or is not the same one on every rank.
+    """
     started: list[Progress] = []
     directory = trainer.config.run.directory
 
     def start() -> str:
-        started.append(restore(trainer, checkpoint, dataset) if checkpoint else Progress())
+        digest = ""
+        if resumed_from:
+            checkpoint = Checkpoint(resumed_from)
+            digest = hashlib.blake2b((resumed_from / MANIFEST).read_bytes()).hexdigest()
+            started.append(restore(trainer, checkpoint, dataset))
+        else:
+            started.append(Progress())
         if meeting.leads:
             write_atomic(directory / "config.yaml", config_to_yaml(trainer.config).encode())
             folder = directory / "checkpoints"
             with refuse_os_errors("write", folder):  # now, rather than after hours of training
                 folder.mkdir(exist_ok=True)
+        return json.dumps({f"the checkpoint {resumed_from}": digest})
+
+    def see() -> str:
+        if not (directory / "checkpoints").is_dir():
+            raise ConfigError(
+                f"run.root={trainer.config.run.root}: rank {meeting.process.rank} does not see the "
+                "directory that rank 0 made there; choose one that all machines share"
+            )
         return ""
 
-    meeting.hold(start)
-    if checkpoint:
-        console.message(f"resumed from {checkpoint.directory}")
+    meeting.hold(start, refuse_differences)
+    meeting.hold(see)
+    if resumed_from:
+        console.message(f"resumed from {resumed_from}")
     return started[0]
 
 
-def _checkpoint(
-    directory: Path, resume: str, console: Console, meeting: Meeting
-) -> Checkpoint | None:
+def _checkpoint(directory: Path, resume: str, console: Console, meeting: Meeting) -> Path | None:
     """Where to begin: rank 0 looks and verifies, the others take its word."""
 
     def find() -> str:
@@ -136,7 +114,7 @@ def _checkpoint(
         return str(found.directory) if found else ""
 
     path = meeting.hold(find)
-    return Checkpoint(Path(path)) if path else None
+    return Path(path) if path else None
 
 
 def _find_checkpoint(directory: Path, resume: str, console: Console) -> Checkpoint | None:

@@ -61,14 +61,15 @@ class Loop:
         self.ranks = trainer.place.grid.size
 
     def run(self, stop: StopSignals) -> int:
-        """Train; return the exit code. Whatever ends the loop, the last step is saved.
+        """Train; return the exit code. Whatever stops all ranks alike, the last step is saved.
 
         Raises:
             DivergedError: ten steps in a row were not finite, and nothing is saved; or the run's
                 last was not, and it is saved beside the older checkpoints.
         """
         with ExitStack() as stack:
-            self.metrics = stack.enter_context(self._metrics()) if self.meeting.leads else None
+            self.metrics: MetricsWriter | None = None
+            self.meeting.hold(lambda: self._open_metrics(stack))
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
             code = self._steps(stop)
@@ -203,12 +204,13 @@ class Loop:
                 prune_checkpoints(folder, self.config.checkpoint.keep, path)
             self.newest = path.resolve()
 
-    def _metrics(self) -> MetricsWriter:
+    def _open_metrics(self, stack: ExitStack) -> str:
         path = self.directory / "metrics.jsonl"
-        with refuse_os_errors("write", path):
-            writer = MetricsWriter(path)
-            writer.truncate_after(self.progress.step)
-        return writer
+        if self.meeting.leads:
+            with refuse_os_errors("write", path):
+                self.metrics = stack.enter_context(MetricsWriter(path))
+                self.metrics.truncate_after(self.progress.step)
+        return ""
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.metrics:

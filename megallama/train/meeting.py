@@ -46,10 +46,19 @@ class Meeting:
             UserError: one that any process met, the lowest rank's, on every process.
             LostError: a process did not come.
         """
-        answer = _attempt(do)
-        if self.process.store is not None:
-            return _result(self._exchange(answer, conclude))
-        return conclude([_result(answer)])
+        place = self._place(self._round)
+        self._round += 1
+        try:
+            answer = _attempt(do)
+        except BaseException as error:
+            self._tell(place, _failure(LostError(f"rank {self.process.rank} failed: {error!r}")))
+            raise
+        if self.process.store is None:
+            return conclude([_result(answer)])
+        self._tell(place, answer)
+        if self.leads:
+            self._conclude(place, conclude)
+        return _result(self._hear(place))
 
     def adjourn(self, patience: timedelta = PATIENCE) -> None:
         """Leave, rank 0 last: it may be the host of the store that the others still read from.
@@ -69,32 +78,43 @@ class Meeting:
     def _place(self, number: int) -> str:
         return f"megallama/{self.name}/{number}"
 
-    def _lost(self, error: RuntimeError) -> LostError:
-        """Of an error of torch's stores, which are RuntimeErrors."""
-        return LostError(
-            f"rank {self.process.rank}: another rank did not come ({error}); try again"
-        )
-
-    def _exchange(self, answer: str, conclude: Callable[[Sequence[str]], str]) -> str:
-        store, size = self.process.store, self.process.size
+    def _conclude(self, place: str, conclude: Callable[[Sequence[str]], str]) -> None:
+        """What rank 0 does: hear all, and answer."""
+        store = self.process.store
         assert store is not None
-        place = self._place(self._round)
-        self._round += 1
+        said = [f"{place}/{rank}" for rank in range(self.process.size)]
+        answers = [self._hear(key) for key in said]
+        for key in said:
+            store.delete_key(key)
+        if self._round > 1:  # all are here, so all have read the answer before
+            store.delete_key(self._place(self._round - 2))
         try:
-            store.set(f"{place}/{self.process.rank}", answer)
-            if self.leads:
-                answers = []
-                for rank in range(size):
-                    store.wait([f"{place}/{rank}"], PATIENCE)
-                    answers.append(store.get(f"{place}/{rank}").decode())
-                    store.delete_key(f"{place}/{rank}")
-                if self._round > 1:  # all are here, so all have read the answer before
-                    store.delete_key(self._place(self._round - 2))
-                store.set(place, _attempt(lambda: conclude([_result(a) for a in answers])))
-            store.wait([place], PATIENCE)
-            return store.get(place).decode()
-        except RuntimeError as error:
-            raise self._lost(error) from error
+            conclusion = _attempt(lambda: conclude([_result(a) for a in answers]))
+        except BaseException as error:
+            store.set(place, _failure(LostError(f"rank 0 failed: {error!r}")))
+            raise
+        store.set(place, conclusion)
+
+    def _tell(self, place: str, answer: str) -> None:
+        if self.process.store is not None:
+            with suppress(RuntimeError):  # the store is gone: `_hear` finds out
+                self.process.store.set(f"{place}/{self.process.rank}", answer)
+
+    def _hear(self, key: str) -> str:
+        """What another process wrote.
+
+        Raises:
+            LostError: it did not within `PATIENCE`, or the store is gone.
+        """
+        store = self.process.store
+        assert store is not None
+        try:
+            store.wait([key], PATIENCE)
+            return store.get(key).decode()
+        except RuntimeError as error:  # torch's errors of a store
+            raise LostError(
+                f"rank {self.process.rank}: another rank did not come ({error}); try again"
+            ) from error
 
 
 def _attempt(do: Callable[[], str]) -> str:
@@ -102,7 +122,11 @@ def _attempt(do: Callable[[], str]) -> str:
     try:
         return json.dumps({"result": do()})
     except UserError as error:
-        return json.dumps({"error": type(error).__name__, "message": str(error)})
+        return _failure(error)
+
+
+def _failure(error: UserError) -> str:
+    return json.dumps({"error": type(error).__name__, "message": str(error)})
 
 
 def _result(answer: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,17 +48,6 @@ class Place:
     port: int
     #: Whether rank 0 hosts the store: under srun, where there is no agent to do it.
     hosted: bool
-
-
-def launched_process() -> Process | None:
-    """This process's place as torchrun or srun started it; None where neither did.
-
-    Raises:
-        ConfigError: the launcher's variables are malformed.
-        LostError: the store does not answer.
-    """
-    place = find_place(os.environ)
-    return None if place is None else connect(place)
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:

@@ -23,7 +23,8 @@ class ValidationResult:
 
 
 def validate(trainer: Trainer, dataset: Dataset) -> ValidationResult:
-    """Evaluate every held-out sample, one at a time, so that no layout changes a bit.
+    """Evaluate every held-out sample, one at a time, so that no batch size or number of data
+    ranks changes a bit.
 
     Data ranks share the samples; every rank has the result.
     """

@@ -10,6 +10,7 @@ import pytest
 
 from megallama.errors import DivergedError
 from megallama.spec.flops import flops_per_token
+from megallama.spec.grid import ALONE
 from megallama.train.bench import batches, bench
 from megallama.train.build import build_dataset, build_trainer
 from megallama.train.step import TrainStep
@@ -67,7 +68,7 @@ def test_it_times_the_steps_after_the_warm_up(
 
 
 def test_synthetic_batches_are_tokens_of_the_vocabulary(make_config: MakeConfig) -> None:
-    batch_of = batches(make_config(SYNTHETIC))
+    batch_of = batches(make_config(SYNTHETIC), None, ALONE)
     first, again, other = batch_of(0), batch_of(0), batch_of(1)
     assert first.tokens_NS.shape == first.labels_NS.shape == (4, 32)
     assert np.array_equal(first.tokens_NS, again.tokens_NS)
@@ -81,7 +82,8 @@ def test_synthetic_batches_are_tokens_of_the_vocabulary(make_config: MakeConfig)
 
 def test_real_batches_are_those_of_training(make_config: MakeConfig) -> None:
     config = make_config()
-    batch_of, dataset = batches(config), build_dataset(config)
+    dataset = build_dataset(config)
+    batch_of = batches(config, dataset, ALONE)
     for step in range(3):
         assert np.array_equal(batch_of(step).tokens_NS, dataset.batch(4 * step, 4).tokens_NS)
 

@@ -11,7 +11,7 @@ import pytest
 from megallama.checkpoint.store import committed_checkpoints
 from megallama.config.schema import Config
 from megallama.errors import ConfigError
-from megallama.train import job
+from megallama.train import agree
 from megallama.train.job import train
 from megallama.train.loop import Loop
 from megallama.train.metrics import read_metrics
@@ -94,13 +94,13 @@ def test_a_missing_or_empty_path_is_refused(make_config: MakeConfig, tmp_path: P
 def test_signals_that_come_before_the_first_step_are_heard(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = job.build_dataset
+    real = agree.build_dataset
 
     def build_dataset(config: Config) -> object:
         signal.raise_signal(signal.SIGTERM)
         return real(config)
 
-    monkeypatch.setattr(job, "build_dataset", build_dataset)
+    monkeypatch.setattr(agree, "build_dataset", build_dataset)
     config = make_config()
     assert train(config) == 75
     assert committed_checkpoints(config.run.directory / "checkpoints")

@@ -11,7 +11,7 @@ import pytest
 from megallama.checkpoint.store import committed_checkpoints
 from megallama.config.schema import Config
 from megallama.errors import ConfigError
-from megallama.train import agree
+from megallama.train import agree, job
 from megallama.train.job import train
 from megallama.train.loop import Loop
 from megallama.train.metrics import read_metrics

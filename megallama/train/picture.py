@@ -61,9 +61,9 @@ def draw(run: RunRecord, other: RunRecord | None = None) -> bytes:
 
 def _draw_loss(axes: Any, run: RunRecord, other: RunRecord | None) -> None:
     figures = summarise(run)
-    if other:
-        axes.plot(*column(other.steps, "loss"), color=INK, lw=4, alpha=0.25, label=other.name)
     steps, losses = column(run.steps, "loss")
+    if other:
+        _draw_under(axes, other, last_step=int(steps[-1]))
     _curve(axes, steps, losses, _with_value("training", figures["final_loss"]))
     shown = [losses]
     if run.validations:
@@ -82,8 +82,17 @@ def _draw_loss(axes: Any, run: RunRecord, other: RunRecord | None) -> None:
     _limit(axes, shown)
     _label(axes, "loss, nats per token")
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.008, 0.985), ncols=2, frameon=False, fontsize=10.5
+        loc="lower right", bbox_to_anchor=(1.008, 0.985), ncols=3, frameon=False, fontsize=10.5
     )
+
+
+def _draw_under(axes: Any, other: RunRecord, last_step: int) -> None:
+    """Another run's loss as a wide line, smoothed as this run's is, that this run's lies on."""
+    steps, losses = column([row for row in other.steps if row["step"] <= last_step], "loss")
+    if len(steps) > SMOOTH_ABOVE:
+        at, losses = smooth(losses)
+        steps = steps[at]
+    axes.plot(steps, losses, color=ORANGE, lw=7, alpha=0.35, label=other.name)
 
 
 def _draw_lr(axes: Any, run: RunRecord) -> None:

@@ -220,7 +220,7 @@ class Host:
             for name, ranks in members.items()
         }
         self.free = Groups(free, Traffic())
-        self.batch = batches(config, self.place)(0)
+        self.batch = batches(config, None, self.place)(0)
         self.trainers: dict[tuple[str, bool], Trainer] = {}
 
     def block(self, overlap: str, free: bool, lead: int, steps: int) -> dict[str, float]:

@@ -33,12 +33,13 @@ BATCH, LENGTH, RATE = 2, 1024, 1e-4
 def ours() -> Callable[[], float]:
     """A step of megallama: returns the mean loss."""
     from megallama.config import parse_config
+    from megallama.spec.grid import ALONE
     from megallama.train.bench import batches
     from megallama.train.build import build_trainer
 
     train = dict(steps=1, sequence_length=LENGTH, global_batch=BATCH, micro_batch=BATCH)
     config = parse_config({"model": SHAPE, "train": train, "optimizer": {"lr": RATE}})
-    trainer, batch = build_trainer(config), batches(config)(0)
+    trainer, batch = build_trainer(config), batches(config, None, ALONE)(0)
     return lambda: trainer.step.run(batch, RATE).loss
 
 

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ ADDRESSES = ("10.177.0.1", "10.177.0.2")
 STORE_PORT, RAW_PORT = 29500, 29501
 
 
-class FreeGroup:
+class FreeGroup(SingleGroup):
     """A group of several ranks whose collectives are over at once: shapes without communication.
 
     A gather repeats this rank's shard, kept from the first call of its shape, so that it copies
@@ -47,7 +47,8 @@ class FreeGroup:
     """
 
     def __init__(self, name: str, rank: int, size: int) -> None:
-        self.name, self.rank, self.size = name, rank, size
+        super().__init__(name)
+        self.rank, self.size = rank, size
         self._gathered: dict[tuple[Any, ...], Tensor] = {}
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Handle[Tensor]:
@@ -62,17 +63,6 @@ class FreeGroup:
 
     def all_reduce(self, x: Tensor) -> Handle[Tensor]:
         return Done(torch.ones_like(x), COVER_ALL_REDUCE)
-
-    def all_gather_rows(self, tensors: Sequence[Tensor]) -> Handle[None]:
-        return Done(None, COVER)
-
-    def reduce_scatter_rows(
-        self, tensors: Sequence[Tensor], wire: torch.dtype | None = None
-    ) -> Handle[None]:
-        return Done(None, COVER)
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass

@@ -202,6 +202,11 @@ class Parallel(Section):
     gradient_wire: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients travel between data ranks; they are added in fp32 either way."""
 
+    @property
+    def forward_chunks(self) -> int:
+        """Chunks of a micro-batch's tokens in the forward: two hide each other's communication."""
+        return 2 if self.overlap == "full" and self.tensor > 1 else 1
+
 
 class Optimizer(Section):
     lr: Positive

@@ -76,8 +76,7 @@ class ParameterState:
             self.on_landed(name)
 
     def zero_gradients(self) -> None:
-        for gradient in self.padded_gradients.values():
-            gradient.zero_()
+        torch._foreach_zero_(list(self.padded_gradients.values()))
 
     def fold_tied_gradient(self) -> None:
         """Add the tied output projection's gradient to the embedding's, once a step."""
@@ -87,8 +86,8 @@ class ParameterState:
     def round_masters(self) -> None:
         """Round the masters into this data rank's rows of the weights, after they changed."""
         if self.compute != self.wide:
-            for name, rows in self._own_rows(self.padded_weights).items():
-                rows.copy_(self.masters[name])
+            own = self._own_rows(self.padded_weights)
+            torch._foreach_copy_(list(own.values()), [self.masters[name] for name in own])
 
     def pieces(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
         """The rectangles that tensors of this data rank's rows hold, and views of them."""

@@ -276,7 +276,7 @@ def stream_of(config: Config) -> Stream:
         itemsize=ITEMSIZE[train.precision],
         ranks=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
-        chunks=2 if parallel.overlap == "full" and parallel.tensor > 1 else 1,
+        chunks=parallel.forward_chunks,
     )
 
 

@@ -89,7 +89,6 @@ def build_model(
     if parallel.overlap == "none":
         groups = {name: Blocking(group) for name, group in groups.items()}
     tensor = groups["tensor"]
-    chunks = 2 if parallel.overlap == "full" and tensor.size > 1 else 1
     table = shard_table(parameter_table(config.model), place)
     dtype = DTYPES[config.train.precision]
     state = ParameterState(table, dtype, device, tied=config.model.tie_embeddings)
@@ -98,6 +97,8 @@ def build_model(
     zero = Zero(state, ZeroGroups(groups["data"], summed, groups["key_value"]), wire)
     with zero.changing_masters():
         initialize(state, config.run.seed)
+    # A lone model takes any number of tokens, whatever grid the config names.
+    chunks = parallel.forward_chunks if tensor.size > 1 else 1
     tokens = TokenShards(tensor, parallel.sequence_parallel, chunks)
     return Llama(config.model, state, tokens, config.train.saved_activations), zero
 

@@ -20,9 +20,9 @@ from tests.layouts.problem import Reference, Step
 #: Relative to a tensor's norm, at every step.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
 #: Of what an optimizer step adds to a tensor, in fp32: the weights' rounding hides nothing.
+UPDATE_TOLERANCE = 1e-3
 #: A gradient smaller than this part of all gradients together is rounding noise in fp64.
 NOISE = 1e-14
-UPDATE_TOLERANCE = 1e-3
 #: With a bf16 wire every rank's addend is rounded to 8 bits, by at most 2⁻⁹ of itself; partial sums
 #: are larger than the sum where they cancel, here by less than 8 times.
 WIRE_TOLERANCE = 2.0**-6

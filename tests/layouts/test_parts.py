@@ -163,6 +163,20 @@ def test_the_comparison_finds_a_difference(how, fault):
     assert any(line.startswith(fault) for line in compare(CASE, reference, runs))
 
 
+@pytest.mark.parametrize("ours, found", [(-3e-18, False), (1e-12, True), (np.nan, True)])
+def test_rounding_noise_in_place_of_zero_must_be_matched_by_noise(ours, found):
+    """A gradient that is zero but for rounding has no digits to compare: it must be as small."""
+    reference, runs = solve(problem_of(CASE)), perfect(CASE)
+    name = "layers.0.attention.wk.weight"
+    steps = list(reference.steps)
+    noise = torch.full_like(steps[1].gradients[name], 1e-18)
+    steps[1] = replace(steps[1], gradients=steps[1].gradients | {name: noise})
+    for piece in (p for run in runs for p in run[1].gradients if p.name == name):
+        piece.value[...] = ours
+    faults = compare(CASE, replace(reference, steps=steps), runs)
+    assert [f"step 2 gradient {name}" in fault for fault in faults] == [True] * found
+
+
 def test_a_zero_gradient_must_be_zero_and_a_wrong_update_cannot_hide():
     case = replace(CASE, labels="empty_step", precision="fp32")
     reference, runs = solve(problem_of(case)), perfect(case)

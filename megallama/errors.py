@@ -32,9 +32,16 @@ class ConfigError(UserError):
 
 
 class LostError(UserError):
-    """A device or a network did not answer: the same command may succeed later (exit code 69)."""
+    """A device or a network did not answer: the same command may succeed later (exit code 69).
+
+    `peer`: the global rank that is missing, where it is one; `owed`: what it was to do.
+    """
 
     exit_code = EXIT_LOST
+
+    def __init__(self, message: str, *, peer: int | None = None, owed: str = "") -> None:
+        super().__init__(message)
+        self.peer, self.owed = peer, owed
 
 
 class CorruptError(UserError):

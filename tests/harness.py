@@ -12,12 +12,14 @@ from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
 from megallama.config.schema import Model
 from megallama.dist.group import SingleGroup
-from megallama.model.llama import Llama, MicroBatch
+from megallama.model.chunk import HEAD, MicroBatch
+from megallama.model.llama import Llama
 from megallama.parallel.state import ParameterState, Tensors
 from megallama.parallel.tokens import TokenShards
 from megallama.spec.grid import ALONE
-from megallama.spec.parameters import Parameter, parameter_table
+from megallama.spec.parameters import EMBEDDING, OUTPUT, Parameter, parameter_table
 from megallama.spec.shards import shard_table
+from megallama.spec.stages import Chunk
 from tests.reference import Batch, ShapeLike
 
 
@@ -51,7 +53,8 @@ def lone_state(
     table: Iterable[Parameter], dtype: torch.dtype, tied: bool = False
 ) -> ParameterState:
     """The buffers of whole parameters: those of a process that is alone."""
-    return ParameterState(shard_table(table, ALONE), dtype, torch.device("cpu"), tied)
+    ends = (EMBEDDING, OUTPUT) if tied else ()
+    return ParameterState(shard_table(table, ALONE), dtype, torch.device("cpu"), ends)
 
 
 def parts(state: ParameterState, tensors: Mapping[str, Tensor]) -> Tensors:
@@ -81,7 +84,12 @@ def build_model(
     state = lone_state(parameter_table(config), dtype, config.tie_embeddings)
     put(parts(state, state.masters), weights)
     state.round_masters()
-    return Llama(config, state, TokenShards(SingleGroup()), policy)
+    return Llama(config, state, TokenShards(SingleGroup()), policy, [whole(config)])
+
+
+def whole(config: Model) -> Chunk:
+    """The whole model as one chunk."""
+    return Chunk(0, range(config.layers), embedding=True, head=True)
 
 
 def micro_batch(
@@ -100,11 +108,11 @@ def forward_backward(model: Llama, *batches: Batch) -> Outcome:
     model.state.zero_gradients()
     for batch in batches:
         ours = micro_batch(model, *batch)
-        losses.append(drive(model.forward(ours, stash)).sum())
-        head = stash.take("head")
+        losses.append(drive(model.chunks[0].forward(ours, None, stash)).sum())
+        head = stash.take(HEAD)
         saved_bytes = stash.bytes_held()
-        stash.put("head", head)
-        drive(model.backward(ours, stash, queue), queue)
+        stash.put(HEAD, head)
+        drive(model.chunks[0].backward(ours, None, stash, queue), queue)
         all_logits = drive(model.logits(ours.tokens_T, ours.positions))
         logits.append(all_logits.view(*batch.tokens.shape, -1))
     assert len(stash) == 0, "a saved set was left behind"

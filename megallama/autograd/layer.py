@@ -34,7 +34,7 @@ from megallama.autograd.rope import Rotation, rope_backward, rope_forward
 from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Saved, Stash
 from megallama.autograd.swiglu import swiglu_backward, swiglu_forward
-from megallama.dist.handle import Covered, Done
+from megallama.dist.handle import Covered, Done, Handle
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Filling:
 
     x_tD: Tensor
     passes: Sequence[Pass[None]]
+
+
+def filled(x_tD: Tensor, chunks: int) -> Filling:
+    """A tensor that is there."""
+    return Filling(x_tD, [_nothing() for _ in range(chunks)])
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,33 @@ class DecoderLayer:
         return Filling(z_tD, passes)
 
     def backward(
-        self, dz_tD: Tensor, positions: Positions, saved: Saved, queue: WgradQueue
+        self, dz_tD: Tensor, positions: Positions, saved: Saved, wgrads: WgradQueue | Saved
     ) -> Pass[Tensor]:
-        """Return dx (t, D); weight gradients go to the queue."""
+        """Return dx (t, D).
+
+        `wgrads`: a queue, to which the weight gradients go, or an empty dict, which becomes what
+        `backward_weights` needs to make them later (`megallama.spec.saved.WEIGHT_STATE`).
+        """
         yield from self._restore(saved, positions)
-        dx2_tD = yield from self._feed_forward_backward(dz_tD, saved, queue)
-        return (yield from self._attention_backward(dx2_tD, positions, saved, queue))
+        dx2_tD = yield from self._feed_forward_backward(dz_tD, saved, wgrads)
+        return (yield from self._attention_backward(dx2_tD, positions, saved, wgrads))
+
+    def backward_weights(self, state: Saved) -> Pass[None]:
+        """Add the weight gradients of a backward that left them.
+
+        The state is this rank's shards: whole tensors would be four times the residual stream, kept
+        from B to W. Each gather is started a GEMM before it is needed.
+        """
+        dz, n2 = self.tokens.gather(state.pop("dz")), self.tokens.gather(state.pop("n2"))
+        self.w2.wgrad((yield dz), state.pop("act"))
+        n2_TD, dgate_up_Tf = (yield n2), state.pop("dgate_up")
+        dx2 = self.tokens.gather(state.pop("dx2"))
+        self.w13.wgrad(dgate_up_Tf, n2_TD, part=0, parts=2)
+        n1 = self.tokens.gather(state.pop("n1"))
+        self.w13.wgrad(dgate_up_Tf, n2_TD, part=1, parts=2)
+        del n2_TD, dgate_up_Tf
+        self.wo.wgrad((yield dx2), state.pop("o"))
+        self.wqkv.wgrad(state.pop("dqkv"), (yield n1))
 
     # The forward's steps. Those up to attention, a recomputing backward takes again.
 
@@ -209,8 +235,8 @@ class DecoderLayer:
     def _restore(self, saved: Saved, positions: Positions) -> Pass[None]:
         """Recompute what the attention half did not save."""
         if "qkv" not in saved:
-            done = [_nothing() for _ in range(self.tokens.chunks)]
-            saved["qkv"] = yield from self._project_qkv(saved["x"], done, None, positions)
+            x = filled(saved["x"], self.tokens.chunks)
+            saved["qkv"] = yield from self._project_qkv(x.x_tD, x.passes, None, positions)
         if "o" not in saved:
             saved["o"], saved["lse"] = self._attend(saved["qkv"], positions)
         if "x2" not in saved:
@@ -219,12 +245,14 @@ class DecoderLayer:
             yield from in_turns(passes)
 
     def _feed_forward_backward(
-        self, dz_tD: Tensor, saved: Saved, queue: WgradQueue
+        self, dz_tD: Tensor, saved: Saved, wgrads: WgradQueue | Saved
     ) -> Pass[Tensor]:
         dz = self.tokens.gather(dz_tD)
         x2_tD, norm_w = saved.pop("x2"), (yield self.norm2.weight())
         n2_tD = saved.pop("n2") if "n2" in saved else self.norm2.forward(x2_tD, norm_w)
-        n2 = self.tokens.gather(n2_tD)
+        n2: Handle[Tensor] = Done(n2_tD)
+        if isinstance(wgrads, WgradQueue) or "gate_up" not in saved:
+            n2 = self.tokens.gather(n2_tD)
         dz_TD = yield dz
         dact_Tf = self.w2.dgrad(dz_TD, (yield self.w2.weight()))
         w13 = yield self.w13.weight()
@@ -239,30 +267,37 @@ class DecoderLayer:
                 self.w13.forward(n2_CD, w13, out=gate_up_Cf)
         dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf)
         dn2 = self.tokens.scatter(self.w13.dgrad(dgate_up_Tf, w13))
-        n2_TD = yield Covered(n2)
-        queue.defer(partial(self.w2.wgrad, dz_TD, act_Tf))
-        queue.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD, part=0, parts=2))
-        queue.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD, part=1, parts=2))
+        if isinstance(wgrads, WgradQueue):
+            n2_TD = yield Covered(n2)
+            wgrads.defer(partial(self.w2.wgrad, dz_TD, act_Tf))
+            wgrads.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD, part=0, parts=2))
+            wgrads.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD, part=1, parts=2))
+        else:
+            wgrads.update(dz=dz_tD, act=act_Tf, dgate_up=dgate_up_Tf, n2=n2_tD)
         del dact_Tf, gate_up_Tf, act_Tf, dgate_up_Tf
         return self.norm2.backward((yield dn2), x2_tD, norm_w).add_(dz_tD)
 
     def _attention_backward(
-        self, dx2_tD: Tensor, positions: Positions, saved: Saved, queue: WgradQueue
+        self, dx2_tD: Tensor, positions: Positions, saved: Saved, wgrads: WgradQueue | Saved
     ) -> Pass[Tensor]:
         dx2 = self.tokens.gather(dx2_tD)
         x_tD, norm_w = saved.pop("x"), (yield self.norm1.weight())
         n1_tD = saved.pop("n1") if "n1" in saved else self.norm1.forward(x_tD, norm_w)
-        n1 = self.tokens.gather(n1_tD)
+        joined = isinstance(wgrads, WgradQueue)
+        n1 = self.tokens.gather(n1_tD) if joined else Done(n1_tD)
         dx2_TD = yield dx2
         do_Th = self.wo.dgrad(dx2_TD, (yield self.wo.weight()))
         o_Th = saved["o"]
         dqkv_Th = self._attend_backward(do_Th, positions, saved)
         dn1 = self.tokens.scatter(self.wqkv.dgrad(dqkv_Th, (yield self.wqkv.weight())))
-        n1_TD = yield Covered(n1)
-        # Together they are about as long as each of the three pieces above.
-        wgrads = partial(self.wo.wgrad, dx2_TD, o_Th), partial(self.wqkv.wgrad, dqkv_Th, n1_TD)
-        queue.defer(partial(_run, *wgrads))
-        del do_Th, dqkv_Th, o_Th, wgrads
+        if isinstance(wgrads, WgradQueue):
+            n1_TD = yield Covered(n1)
+            pair = partial(self.wo.wgrad, dx2_TD, o_Th), partial(self.wqkv.wgrad, dqkv_Th, n1_TD)
+            wgrads.defer(partial(_run, *pair))  # about as long as each of the three pieces above
+            del pair
+        else:
+            wgrads.update(dx2=dx2_tD, o=o_Th, dqkv=dqkv_Th, n1=n1_tD)
+        del do_Th, dqkv_Th, o_Th
         return self.norm1.backward((yield dn1), x_tD, norm_w).add_(dx2_tD)
 
     def _attend_backward(self, do_Th: Tensor, positions: Positions, saved: Saved) -> Tensor:

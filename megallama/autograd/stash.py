@@ -19,8 +19,8 @@ class Stash:
     def __init__(self) -> None:
         self._sets: dict[Hashable, Saved] = {}
 
-    def put(self, key: Hashable, saved: Saved) -> None:
-        """Keep a saved set until it is taken.
+    def put(self, key: Hashable, saved: Saved) -> Saved:
+        """Keep a saved set until it is taken, and return it.
 
         Raises:
             KeyError: the key is in use: two micro-batches share the stash, and one would get the
@@ -29,6 +29,7 @@ class Stash:
         if key in self._sets:
             raise KeyError(f"a saved set of {key!r} is waiting for its backward")
         self._sets[key] = saved
+        return saved
 
     def take(self, key: Hashable) -> Saved:
         """Hand over a saved set and forget it."""

@@ -68,6 +68,12 @@ ALIASES: tuple[Alias, ...] = (
     Alias("train.tokens", "train_samples", "train_tokens", "in tokens, not samples"),
     Alias("train.max_minutes", "exit_duration_in_mins", ""),
     Alias(
+        "train.profile",
+        "profile_step_start profile_step_end",
+        "enable_profiling profile_freq",
+        "as {start: STEP, steps: COUNT}",
+    ),
+    Alias(
         "train.precision",
         "bf16 fp16 params_dtype",
         "dtype torch_dtype mixed_precision_param",
@@ -102,6 +108,20 @@ ALIASES: tuple[Alias, ...] = (
         "the number of chunks on a pipeline rank",
     ),
     Alias("parallel.schedule", "", "pipeline_parallel_schedule"),
+    Alias(
+        "parallel.stage_layers",
+        "pipeline_model_parallel_layout decoder_first_pipeline_num_layers "
+        "decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split "
+        "account_for_loss_in_pipeline_split",
+        "pipeline_parallel_layers_per_stage module_fqns_per_model_part",
+        "cost, even, or the layers of each chunk",
+    ),
+    Alias(
+        "parallel.timeout_seconds",
+        "distributed_timeout_minutes",
+        "train_timeout_seconds ddp_timeout",
+        "in seconds",
+    ),
     Alias("parallel.overlap", "tp_comm_overlap", "enable_async_tensor_parallel"),
     Alias(
         "",

@@ -13,8 +13,15 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from megallama.config.faults import Fault, at
-from megallama.config.schema import Phase, RopeScaling, Source, steps_of
+from megallama.config.faults import Fault, at, shorten
+from megallama.config.schema import (
+    TWO_CHUNKS,
+    Phase,
+    RopeScaling,
+    Source,
+    chunks_per_rank,
+    steps_of,
+)
 
 Faults = Iterator[Fault]
 
@@ -110,6 +117,54 @@ def _tensor_splits_sequence(
             f"the nearest that fits is {_multiples(sequence_length, unit)}"
             + (", or set parallel.sequence_parallel=false" if without else ""),
         )
+
+
+def _virtual_stages(schedule: str, virtual_stages: int | None) -> Faults:
+    takes = chunks_per_rank(schedule, None)
+    free = schedule in TWO_CHUNKS and schedule != "zb-v"  # interleaved takes any number
+    if virtual_stages and not free and virtual_stages != takes:
+        fused = "-fused" if schedule.endswith("-fused") else ""
+        yield Fault(
+            at("parallel.virtual_stages", virtual_stages),
+            f"parallel.schedule={schedule} takes {takes}",
+            f"leave it out, or set parallel.schedule=interleaved{fused}",
+        )
+
+
+def _chunks_have_layers(
+    layers: int, pipeline: int, schedule: str, virtual_stages: int | None
+) -> Faults:
+    each = chunks_per_rank(schedule, virtual_stages)
+    if pipeline * each > layers:
+        fits = layers // each
+        more = f"raise model.layers to {pipeline * each}, or have fewer chunks on a rank"
+        yield Fault(
+            at("parallel.pipeline", pipeline),
+            f"x {each} {'chunk' if each == 1 else 'chunks'} on a rank exceeds "
+            f"model.layers={layers}, and a chunk has one layer or more",
+            f"the nearest that fits is {fits}" if fits else more,
+        )
+
+
+def _stage_layers(
+    layers: int,
+    pipeline: int,
+    schedule: str,
+    virtual_stages: int | None,
+    stage_layers: str | tuple[int, ...],
+) -> Faults:
+    chunks = pipeline * chunks_per_rank(schedule, virtual_stages)
+    if isinstance(stage_layers, str) or chunks > layers:
+        return
+    size, larger = divmod(layers, chunks)
+    fits = [size + 1] * larger + [size] * (chunks - larger)
+    remedy = f"give {shorten(str(fits))}, say, or cost"
+    subject = at("parallel.stage_layers", list(stage_layers))
+    if len(stage_layers) != chunks:
+        wrong = f"has {len(stage_layers)} {'entry' if len(stage_layers) == 1 else 'entries'}"
+        yield Fault(subject, f"{wrong} for {chunks} {'chunk' if chunks == 1 else 'chunks'}", remedy)
+    elif sum(stage_layers) != layers:
+        yield Fault(subject, f"sums to {sum(stage_layers)}, not model.layers={layers}", remedy)
 
 
 def _batch(global_batch: int, micro_batch: int, data: int | None) -> Faults:
@@ -236,6 +291,16 @@ CHECKS: tuple[tuple[Callable[..., Faults], str], ...] = (
     (
         _tensor_splits_sequence,
         "train.sequence_length parallel.tensor parallel.sequence_parallel parallel.overlap",
+    ),
+    (_virtual_stages, "parallel.schedule parallel.virtual_stages"),
+    (
+        _chunks_have_layers,
+        "model.layers parallel.pipeline parallel.schedule parallel.virtual_stages",
+    ),
+    (
+        _stage_layers,
+        "model.layers parallel.pipeline parallel.schedule parallel.virtual_stages "
+        "parallel.stage_layers",
     ),
     (_batch, "train.global_batch train.micro_batch parallel.data"),
     (_length, "train.steps train.tokens"),

@@ -27,6 +27,7 @@ _WORDING = {
         "use letters, digits, dots, dashes and underscores, a letter or digit first",
     ),
     "string_too_long": ("is too long", "give at most {max_length} characters"),
+    "split": ("is not a split of layers", "use 'cost', 'even' or a list such as [3, 5]"),
     "nul": ("holds a NUL character", "remove it"),
     "literal_error": ("is not a choice", "use {expected}"),
     "greater_than": ("is too small", "give a value above {gt:g}"),

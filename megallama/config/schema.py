@@ -17,7 +17,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -54,6 +57,14 @@ def _no_nul(path: Path) -> Path:
     return path
 
 
+def _one_fault(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """pydantic names a fault for each alternative of a union; give one for the value."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError("split", "is not a split") from None
+
+
 # No run counts so far, and products of a few such counts still have a float.
 COUNT_LIMIT = 10**15
 
@@ -70,6 +81,10 @@ Flag = Annotated[bool, Field(strict=True)]
 # A name is a file's too, with a suffix: file systems take 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Place = Annotated[Path, AfterValidator(_no_nul)]
+Split = Annotated[Literal["cost", "even"] | tuple[Count, ...], WrapValidator(_one_fault)]
+
+#: Schedules that give a pipeline rank two chunks where nothing is said; the others give it one.
+TWO_CHUNKS = ("interleaved", "interleaved-fused", "zb-v")
 
 
 class Strict(BaseModel):
@@ -156,6 +171,13 @@ class Model(Section):
         return self.d_model // self.heads
 
 
+class Profile(Strict):
+    start: Count
+    """First step that is recorded."""
+    steps: Count = 1
+    """Number of steps that are recorded."""
+
+
 class Train(Section):
     steps: Count | None = None
     """Length of the run in optimizer steps. Give this or tokens."""
@@ -177,6 +199,8 @@ class Train(Section):
     """Ask for the same bits on every run, also on CUDA; slower there."""
     max_minutes: Positive | None = None
     """Save and stop after so many minutes (exit code 75); null: no limit."""
+    profile: Profile | None = None
+    """Steps of every rank to record as a timeline in RUN_DIR/profile/, or null."""
 
     @property
     def total_steps(self) -> int:
@@ -193,14 +217,37 @@ class Parallel(Section):
     """Replicas of the model; null: what tensor and pipeline leave of the ranks."""
     sequence_parallel: Flag = True
     """Split norms and the residual stream over the tensor ranks, along the sequence."""
-    virtual_stages: Count = 1
-    """Chunks of layers on each pipeline rank."""
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"] = "1f1b"
+    schedule: Literal[
+        "gpipe",
+        "1f1b",
+        "interleaved",
+        "zb-h1",
+        "zb-h2",
+        "zb-v",
+        "1f1b-fused",
+        "interleaved-fused",
+    ] = "1f1b"
     """Order of forward and backward passes in the pipeline."""
+    virtual_stages: Count | None = None
+    """Chunks of layers on each pipeline rank. Default: 2 for interleaved, interleaved-fused and
+    zb-v, else 1."""
+    stage_layers: Split = "cost"
+    """Layers of each chunk, in model order. cost: even in compute, with the embedding and the head
+    weighed; even: even in layers; or a list, such as [3, 5]."""
+    early_step: Flag = False
+    """Update before the global gradient norm is known, and take the update back where clipping or a
+    value that is not finite says so; costs a copy of the optimizer's shard."""
     overlap: Literal["none", "backward", "full"] = "backward"
     """Which passes hide their communication under compute; full: the forward in two chunks too."""
     gradient_wire: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients travel between data ranks; they are added in fp32 either way."""
+    timeout_seconds: Count = 600
+    """How long a rank waits for another before it calls it lost, in seconds."""
+
+    @property
+    def chunks_per_rank(self) -> int:
+        """Chunks of layers on each pipeline rank, given or as the schedule takes them."""
+        return chunks_per_rank(self.schedule, self.virtual_stages)
 
     @property
     def forward_chunks(self) -> int:
@@ -303,6 +350,11 @@ class Config(Strict):
     validation: Validation
     checkpoint: Checkpoint
     log: Log
+
+
+def chunks_per_rank(schedule: str, virtual_stages: int | None) -> int:
+    """Chunks of layers on a pipeline rank: as given, or what the schedule takes."""
+    return virtual_stages or (2 if schedule in TWO_CHUNKS else 1)
 
 
 def steps_of(tokens: int, sequence_length: int, global_batch: int) -> int:

@@ -59,7 +59,7 @@ class Check:
         mine = _fingerprint(self._history, text)
         asked = {rank: torch.empty_like(mine) for rank in link.peers()}
         link.exchange(
-            f"comparing operation {number}, {text}",
+            f"to compare operation {number}, {text}",
             {rank: [mine] for rank in asked},
             {rank: [theirs] for rank, theirs in asked.items()},
             CHECK,
@@ -72,8 +72,8 @@ class Check:
             f"group {link.name!r}, operation {number}: its ranks differ: {'; '.join(lines)}"
         )
 
-    def point(self, peer: int, sends: bool, tensor: Tensor) -> None:
-        """Compare a send with its receive; only the two ranks take part.
+    def point(self, peer: int, sends: bool, tensor: Tensor, label: str) -> None:
+        """Compare a send with its receive, labels included; only the two ranks take part.
 
         Both sides meet here, so a send goes on when its receive is reached and no sooner. The
         number counts the messages of the two ranks, in both directions.
@@ -82,11 +82,11 @@ class Check:
         self._points[peer] += 1
         ends = (link.rank, peer) if sends else (peer, link.rank)
         source, target = (link.members[rank] for rank in ends)
-        text = describe(f"rank {source} sends to rank {target}:", tensor)
+        text = describe(" ".join(f"rank {source} sends to rank {target}: {label}".split()), tensor)
         mine = _fingerprint(_digest(text.encode()), text)
         theirs = torch.empty_like(mine)
-        operation = f"comparing message {number}, {text}"
-        link.exchange(operation, {peer: [mine]}, {peer: [theirs]}, POINT_CHECK)
+        owed = f"to compare message {number}, {text}"
+        link.exchange(owed, {peer: [mine]}, {peer: [theirs]}, POINT_CHECK)
         if not torch.equal(mine, theirs):
             here, there = link.members[link.rank], link.members[peer]
             raise SequenceError(

@@ -16,19 +16,26 @@ from megallama.dist.gloo import GlooGroup
 from megallama.dist.group import Group, SingleGroup
 from megallama.dist.link import Link
 from megallama.dist.nccl import NcclGroup
+from megallama.dist.recorder import Recorder
 from megallama.dist.traffic import Traffic
+from megallama.dist.watch import Watch
 from megallama.errors import LostError
 
-#: How long a rank waits for another before it calls it lost.
+#: How long a rank waits for an operation before it calls a peer lost. What counts is the time that
+#: somebody waits for its handle, not the operation's own: in a pipeline a send may be under way for
+#: many passes before its receive is posted, and a receive is posted a pass or more before it is
+#: needed, behind others of its group. None of that time says anything about the peer. It is up to
+#: the one who waits, for that is where the job stands still.
 TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass
 class Groups:
-    """The groups of one process by name, and what it sent in all of them."""
+    """The groups of one process by name, what it sent in all of them, and what ran when."""
 
     by_name: dict[str, Group]
     traffic: Traffic
+    recorder: Recorder
 
     def __getitem__(self, name: str) -> Group:
         return self.by_name[name]
@@ -46,6 +53,8 @@ class _Setup:
     store: compat.Store | None
     rank: int
     traffic: Traffic
+    recorder: Recorder
+    watch: Watch
     strict: bool
     timeout: timedelta
     hostname: str | None
@@ -70,7 +79,8 @@ def connect(
     of them name it alike. A group of one is a SingleGroup.
     `strict`: compare every operation across its group before it runs (gloo only); ranks that
     differ get a SequenceError.
-    `timeout`: how long to wait for a peer before LostError, here and in every operation.
+    `timeout`: how long to wait for the members here, and for a handle, before LostError. It is
+    raised at most about 2 s later, for the ranks to agree on who is missing.
     `hostname`: the address that gloo listens on ("127.0.0.1" for local workers); None: the network
     interface of GLOO_SOCKET_IFNAME, else gloo's choice.
     """
@@ -79,7 +89,8 @@ def connect(
             raise ValueError(f"group {name!r}: {list(ranks)} is no group of rank {rank}")
     if strict and device.type != "cpu":
         raise ValueError(f"the strict mode compares on gloo, not on {device}")
-    setup = _Setup(store, rank, Traffic(), strict, timeout, hostname)
+    watch = Watch(store, rank, timeout)
+    setup = _Setup(store, rank, Traffic(), Recorder(), watch, strict, timeout, hostname)
     groups: dict[str, Group] = {}
     # A group's connection waits for its members: one order of names on all ranks, whatever groups
     # each is in, so that nobody waits in a circle.
@@ -91,7 +102,7 @@ def connect(
             groups[name] = _gloo(setup, name, ranks)
         else:
             groups[name] = _nccl(setup, name, ranks)
-    return Groups(groups, setup.traffic)
+    return Groups(groups, setup.traffic, setup.recorder)
 
 
 def _own_store(setup: _Setup, name: str, ranks: Sequence[int]) -> compat.Store:
@@ -112,7 +123,9 @@ def _gloo(setup: _Setup, name: str, ranks: Sequence[int]) -> Group:
             f"group {name!r}: rank {setup.rank} could not connect with ranks {list(ranks)} "
             f"({reason}); try again"
         ) from None
-    return GlooGroup(Link(backend, name, position, ranks), setup.traffic, strict=setup.strict)
+    link = Link(backend, name, position, ranks)
+    vigil = setup.watch.over(link)
+    return GlooGroup(link, vigil, setup.traffic, setup.recorder, strict=setup.strict)
 
 
 def _nccl(setup: _Setup, name: str, ranks: Sequence[int]) -> Group:

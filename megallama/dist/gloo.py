@@ -19,9 +19,11 @@ from megallama.dist.group import COVER, COVER_ALL_REDUCE
 from megallama.dist.handle import Handle
 from megallama.dist.link import COLLECTIVE, POINT, Link, Posted
 from megallama.dist.parcels import by_rank, parcels
+from megallama.dist.recorder import Recorder
 from megallama.dist.shapes import check_filled, check_peer, check_rows, gathered, scattered
 from megallama.dist.sums import sum_in_order
 from megallama.dist.traffic import Traffic
+from megallama.dist.watch import Vigil
 from megallama.dist.worker import Worker
 
 T = TypeVar("T")
@@ -60,11 +62,20 @@ class GlooGroup:
     orders weight gradients itself.
     """
 
-    def __init__(self, link: Link, traffic: Traffic, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        link: Link,
+        vigil: Vigil,
+        traffic: Traffic,
+        recorder: Recorder,
+        *,
+        strict: bool = False,
+    ) -> None:
         self.name, self.rank, self.size = link.name, link.rank, link.size
         self._link, self._traffic, self._scratch = link, traffic, Scratch()
+        self._recorder = recorder
         self._check = Check(link) if strict else None
-        self._worker = Worker(f"gloo {link.name}", link.break_off)
+        self._worker = Worker(f"gloo {link.name}", vigil, link.break_off)
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Handle[Tensor]:
         filled = gathered(x, self.size, out)
@@ -141,31 +152,30 @@ class GlooGroup:
 
         return self._submit(run, COVER, "reduce_scatter_rows", tensors, wire)
 
-    def send(self, x: Tensor, peer: int) -> Handle[None]:
+    def send(self, x: Tensor, peer: int, label: str = "") -> Handle[None]:
         check_peer(self.name, self.rank, self.size, peer)
         self._traffic.add(self.name, "send", x.nbytes)
 
         def run() -> None:
-            if self._check is not None:
-                self._check.point(peer, True, x)
-            self._link.exchange("send", {peer: [x.contiguous()]}, {}, POINT)
+            owed = f"to take {label or 'a message'}"
+            self._link.exchange(owed, {peer: [x.contiguous()]}, {}, POINT)
 
-        return self._worker.submit(run, 0)
+        return self._submit_point(run, "send", x, peer, label)
 
-    def receive(self, out: Tensor, peer: int) -> Handle[Tensor]:
+    def receive(self, out: Tensor, peer: int, label: str = "") -> Handle[Tensor]:
         check_peer(self.name, self.rank, self.size, peer)
         check_filled(out)
         self._traffic.add(self.name, "receive", 0)
 
         def run() -> Tensor:
-            if self._check is not None:
-                self._check.point(peer, False, out)
-            self._link.exchange("receive", {}, {peer: [out]}, POINT)
+            owed = f"to send {label or 'a message'}"
+            self._link.exchange(owed, {}, {peer: [out]}, POINT)
             return out
 
-        return self._worker.submit(run, 0)
+        return self._submit_point(run, "receive", out, peer, label)
 
     def close(self) -> None:
+        self._link.closed = True
         self._worker.close()
 
     def _count(self, operation: str, to_each: int) -> None:
@@ -180,22 +190,36 @@ class GlooGroup:
         wire: torch.dtype | None = None,
     ) -> Handle[T]:
         """Queue a collective, after the strict mode's comparison of what all ranks ask for."""
-        check = self._check
-        if check is None:
-            return self._worker.submit(run, cover)
+        check, recorder = self._check, self._recorder
 
         def checked() -> T:
-            check.collective(describe(operation, *tensors, wire=wire))
-            return run()
+            if check is not None:
+                check.collective(describe(operation, *tensors, wire=wire))
+            return recorder.communication(self.name, operation, run)
 
         return self._worker.submit(checked, cover)
+
+    def _submit_point(
+        self, run: Callable[[], T], operation: str, tensor: Tensor, peer: int, label: str
+    ) -> Handle[T]:
+        """Queue a send or a receive, after the strict mode's comparison with the other side."""
+        check, recorder = self._check, self._recorder
+
+        def checked() -> T:
+            if check is not None:
+                check.point(peer, operation == "send", tensor, label)
+            return recorder.communication(self.name, label or operation, run)
+
+        return self._worker.submit(checked, 0)
 
     def _spread(self, operation: str, many: Sequence[Sequence[Tensor]]) -> None:
         """Each of `many` has a part a rank: send this rank's to all, fill the others'."""
         peers = self._link.peers()
         mine = [parts[self.rank] for parts in many]
         incoming = {peer: [parts[peer] for parts in many] for peer in peers}
-        self._link.exchange(operation, dict.fromkeys(peers, mine), incoming, COLLECTIVE)
+        self._link.exchange(
+            f"to take part in {operation}", dict.fromkeys(peers, mine), incoming, COLLECTIVE
+        )
 
     def _reduce(
         self, operation: str, many: Sequence[Sequence[Tensor]], results: Sequence[Tensor]
@@ -210,7 +234,7 @@ class GlooGroup:
             for place, peer in enumerate(peers)
         }
         outgoing = {peer: [parts[peer] for parts in many] for peer in peers}
-        posted = self._link.post(operation, outgoing, incoming, COLLECTIVE)
+        posted = self._link.post(f"to take part in {operation}", outgoing, incoming, COLLECTIVE)
         for index, result in enumerate(results):
             parts = self._in_order(posted, mine[index], {p: incoming[p][index] for p in peers})
             sum_in_order(parts, self.size, result)

@@ -71,11 +71,15 @@ class Group(Protocol):
         """
         ...
 
-    def send(self, x: Tensor, peer: int) -> Handle[None]:
-        """Give x to rank `peer` of the group; done when the peer is taking it."""
+    def send(self, x: Tensor, peer: int, label: str = "") -> Handle[None]:
+        """Give x to rank `peer` of the group; done when the peer is taking it.
+
+        `label` says what the message is, alike on both sides: for errors, the strict mode and the
+        timeline. It does not travel.
+        """
         ...
 
-    def receive(self, out: Tensor, peer: int) -> Handle[Tensor]:
+    def receive(self, out: Tensor, peer: int, label: str = "") -> Handle[Tensor]:
         """Fill the contiguous `out` with what rank `peer` of the group sends, and return it."""
         ...
 
@@ -116,10 +120,10 @@ class SingleGroup:
     ) -> Handle[None]:
         return Done(None, COVER)
 
-    def send(self, x: Tensor, peer: int) -> Handle[None]:
+    def send(self, x: Tensor, peer: int, label: str = "") -> Handle[None]:
         raise ValueError(f"group {self.name!r} has one rank: there is no rank {peer} to send to")
 
-    def receive(self, out: Tensor, peer: int) -> Handle[Tensor]:
+    def receive(self, out: Tensor, peer: int, label: str = "") -> Handle[Tensor]:
         raise ValueError(f"group {self.name!r} has one rank: nothing comes from a rank {peer}")
 
     def close(self) -> None:
@@ -153,11 +157,11 @@ class Blocking:
     ) -> Handle[None]:
         return Done(self._group.reduce_scatter_rows(tensors, wire).wait())
 
-    def send(self, x: Tensor, peer: int) -> Handle[None]:
-        return Done(self._group.send(x, peer).wait())
+    def send(self, x: Tensor, peer: int, label: str = "") -> Handle[None]:
+        return Done(self._group.send(x, peer, label).wait())
 
-    def receive(self, out: Tensor, peer: int) -> Handle[Tensor]:
-        return Done(self._group.receive(out, peer).wait())
+    def receive(self, out: Tensor, peer: int, label: str = "") -> Handle[Tensor]:
+        return Done(self._group.receive(out, peer, label).wait())
 
     def close(self) -> None:
         self._group.close()

@@ -19,6 +19,9 @@ from megallama.errors import LostError
 #: Tags: messages of one kind between two ranks arrive in the order in which they were sent.
 COLLECTIVE, CHECK, POINT, POINT_CHECK, NOTHING = range(5)
 
+#: Who waits for the operation decides when it took too long: see `connect`.
+FOREVER = timedelta(days=365)
+
 #: Rank of the group → the contiguous tensors that go to it or come from it.
 Messages = Mapping[int, Sequence[Tensor]]
 
@@ -29,6 +32,10 @@ class Link:
     def __init__(self, backend: Backend, name: str, rank: int, members: Sequence[int]) -> None:
         self._backend = backend
         self.name, self.rank, self.members = name, rank, tuple(members)
+        #: The rank of the group for which the operation under way waits at this moment, and what it
+        #: owes. That rank has not come to the operation: its messages are all posted at once.
+        self.waiting: tuple[int, str] | None = None
+        self.closed = False
 
     @property
     def size(self) -> int:
@@ -38,9 +45,12 @@ class Link:
         """The other ranks, from the next one on: no two ranks begin with the same peer."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def post(self, operation: str, sends: Messages, receives: Messages, tag: int) -> Posted:
-        """Start every message; `operation` names them in errors. Empty tensors do not travel."""
-        posted = Posted(self, operation)
+    def post(self, owed: str, sends: Messages, receives: Messages, tag: int) -> Posted:
+        """Start every message. Empty tensors do not travel.
+
+        `owed`: what a peer that does not answer has left undone, for errors: "to send x".
+        """
+        posted = Posted(self, owed)
         for peer in reversed(self.peers()):  # the order in which their sends reach this rank
             for tensor in receives.get(peer, ()):
                 if tensor.numel():
@@ -51,16 +61,19 @@ class Link:
                     posted.send(self._backend, tensor, peer, tag)
         return posted
 
-    def exchange(self, operation: str, sends: Messages, receives: Messages, tag: int) -> None:
+    def exchange(self, owed: str, sends: Messages, receives: Messages, tag: int) -> None:
         """Start every message and wait for all of them."""
-        self.post(operation, sends, receives, tag).finish()
+        self.post(owed, sends, receives, tag).finish()
 
-    def lost(self, operation: str, peer: int, error: BaseException) -> LostError:
+    def lost(self, peer: int, owed: str, reason: str) -> LostError:
         """The error of a message that did not arrive."""
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).split(". ")[0]
+        reason = re.sub(r"^\[[^]]*\] ", "", reason.partition("\n")[0]).split(". ")[0]
+        here, there = self.members[self.rank], self.members[peer]
         return LostError(
-            f"group {self.name!r}, {operation}: rank {self.members[self.rank]} waited for rank "
-            f"{self.members[peer]}, which was lost or gave up ({reason}); try again"
+            f"group {self.name!r}: rank {here} waited for rank {there} {owed}, and it was lost or "
+            f"gave up ({reason}); try again",
+            peer=there,
+            owed=owed,
         )
 
     def break_off(self) -> None:
@@ -80,8 +93,8 @@ class Link:
 class Posted:
     """Messages under way; it keeps their tensors alive."""
 
-    def __init__(self, link: Link, operation: str) -> None:
-        self._link, self._operation = link, operation
+    def __init__(self, link: Link, owed: str) -> None:
+        self._link, self._owed = link, owed
         self._receives: list[tuple[int, Work, Tensor]] = []
         self._sends: list[tuple[int, Work, Tensor]] = []
 
@@ -89,19 +102,22 @@ class Posted:
         try:
             self._receives.append((peer, backend.recv([tensor], peer, tag), tensor))
         except RuntimeError as error:
-            raise self._link.lost(self._operation, peer, error) from None
+            raise self._link.lost(peer, self._owed, str(error)) from None
 
     def send(self, backend: Backend, tensor: Tensor, peer: int, tag: int) -> None:
         try:
             self._sends.append((peer, backend.send([tensor], peer, tag), tensor))
         except RuntimeError as error:
-            raise self._link.lost(self._operation, peer, error) from None
+            raise self._link.lost(peer, self._owed, str(error)) from None
 
     def _wait(self, peer: int, work: Work) -> None:
+        self._link.waiting = (peer, self._owed)
         try:
-            work.wait()
+            work.wait(FOREVER)
         except RuntimeError as error:
-            raise self._link.lost(self._operation, peer, error) from None
+            raise self._link.lost(peer, self._owed, str(error)) from None
+        finally:
+            self._link.waiting = None
 
     def arrived(self, peer: int) -> None:
         """Wait for everything that comes from `peer`."""

@@ -3,6 +3,7 @@
 Multi-GPU NCCL has never been run. The calls were tested on a gloo backend, which does not coalesce,
 so the coalesced calls of the rows operations have run nowhere. A handle's `wait` makes only the
 stream wait: a lost peer shows where values come back to the host, and then as the watchdog's abort.
+Nothing is recorded for a timeline (that takes CUDA events), and labels are used nowhere.
 
 Where this differs from `Group`: NCCL adds in an order of its own and in the tensor's dtype, so
 reductions are exact only where `wire` narrows the tensor's dtype; then the parts travel by
@@ -104,13 +105,13 @@ class NcclGroup:
         loads = [Parcel(alike, wire) for alike in by_dtype.values()]
         return Joined([self._sum_parcel(load) for load in loads], None)
 
-    def send(self, x: Tensor, peer: int) -> Handle[None]:
+    def send(self, x: Tensor, peer: int, label: str = "") -> Handle[None]:
         check_peer(self.name, self.rank, self.size, peer)
         self._traffic.add(self.name, "send", x.nbytes)
         x = x.contiguous()
         return Issued([self._backend.send([x], peer, 0)], 0, lambda: None, [x])
 
-    def receive(self, out: Tensor, peer: int) -> Handle[Tensor]:
+    def receive(self, out: Tensor, peer: int, label: str = "") -> Handle[Tensor]:
         check_peer(self.name, self.rank, self.size, peer)
         check_filled(out)
         self._traffic.add(self.name, "receive", 0)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class Recorder:
     def add(self, event: Event) -> None:
         if self.on:
             self._events.append(event)
+
+    def communication(self, group: str, text: str, operation: Callable[[], T]) -> T:
+        """Run an operation of `group`; while `on`, keep when it ran. One that fails is not kept."""
+        if not self.on:
+            return operation()
+        begin = time.monotonic()
+        value = operation()
+        self.add(Event("communication", group, text, begin, time.monotonic()))
+        return value
 
     def take(self) -> list[Event]:
         """Hand over what was kept."""

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
+from megallama.dist.watch import Vigil
 from megallama.errors import LostError
 
 T = TypeVar("T")
@@ -20,16 +21,22 @@ GRACE, END = 0.2, 5.0
 
 
 class Pending(Generic[T]):
-    """The handle of an operation that a worker runs; `wait` raises what the operation raised."""
+    """The handle of an operation that a worker runs; `wait` raises what the operation raised.
 
-    def __init__(self, cover: int) -> None:
+    Where that is a LostError, or where the wait is too long, the vigil says who is missing.
+    """
+
+    def __init__(self, cover: int, vigil: Vigil) -> None:
         self.cover = cover
+        self._vigil = vigil
         self._ended = threading.Event()
         self._value: T
         self._error: BaseException | None = None
 
     def wait(self) -> T:
-        self._ended.wait()
+        self._vigil.outlast(self._ended)
+        if isinstance(self._error, LostError):
+            raise self._vigil.explain(self._error)
         if self._error is not None:
             raise self._error
         return self._value
@@ -68,19 +75,14 @@ class _Task(Generic[T]):
 _Queue: TypeAlias = "SimpleQueue[_Task[Any] | None]"
 
 
-def _serve(queue: _Queue, break_off: Callable[[], None]) -> None:
-    """The thread: operations first in, first out, each to completion. After a failure none runs.
-
-    A rank that lost a peer breaks off, so that the others do not wait for what it will not do.
-    """
+def _serve(queue: _Queue) -> None:
+    """The thread: operations first in, first out, each to completion. After a failure none runs."""
     failure: BaseException | None = None
     while True:
         task = queue.get()
         if task is None:
             return
-        before, failure = failure, task.run(failure)
-        if before is None and isinstance(failure, LostError):
-            break_off()
+        failure = task.run(failure)
         del task  # its tensors: the next operation may be long in coming
 
 
@@ -102,17 +104,15 @@ def _stop(queue: _Queue, thread: threading.Thread, break_off: Callable[[], None]
 class Worker:
     """Runs operations in the order of `submit`, in a thread of its own.
 
-    `break_off` ends the connections and so makes an operation under way fail. It is called after an
-    operation lost a peer, and when an operation still runs as the worker is closed, collected, or
-    the interpreter ends.
+    `break_off` ends the connections and so makes an operation under way fail. It is called when an
+    operation still runs as the worker is closed, collected, or the interpreter ends.
     """
 
-    def __init__(self, name: str, break_off: Callable[[], None]) -> None:
+    def __init__(self, name: str, vigil: Vigil, break_off: Callable[[], None]) -> None:
         self._queue: _Queue = SimpleQueue()
+        self._vigil = vigil
         # The thread holds the queue and not the worker, so that a worker can be collected.
-        thread = threading.Thread(
-            target=_serve, args=(self._queue, break_off), name=name, daemon=True
-        )
+        thread = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
         self._finalizer = weakref.finalize(self, _stop, self._queue, thread, break_off)
         thread.start()
 
@@ -120,7 +120,7 @@ class Worker:
         """Queue an operation; RuntimeError after `close`."""
         if not self._finalizer.alive:
             raise RuntimeError("the group is closed")
-        handle: Pending[T] = Pending(cover)
+        handle: Pending[T] = Pending(cover, self._vigil)
         self._queue.put(_Task(operation, handle))
         return handle
 

@@ -1,22 +1,21 @@
-"""LLaMA (arXiv 2302.13971): embedding, decoder layers, head, as passes over one micro-batch."""
+"""LLaMA (arXiv 2302.13971): the chunks of a rank, put together from the parallel layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from megallama.autograd.head import Head
-from megallama.autograd.layer import DecoderLayer, Filling, Heads, Positions
+from megallama.autograd.layer import DecoderLayer, Heads, Positions
 from megallama.autograd.linear import linear_forward
-from megallama.autograd.passes import Pass, WgradQueue
+from megallama.autograd.passes import Pass
 from megallama.autograd.rope import RotationTable, rope_frequencies
 from megallama.autograd.segments import Segments
-from megallama.autograd.stash import Stash
 from megallama.config.schema import Model
+from megallama.model.chunk import MicroBatch, ModelChunk
 from megallama.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megallama.parallel.norm import SequenceParallelRMSNorm
 from megallama.parallel.state import ParameterState
@@ -24,60 +23,44 @@ from megallama.parallel.tokens import TokenShards
 from megallama.parallel.vocab import VocabParallelEmbedding, VocabParallelOutput, vocab_shard
 from megallama.spec.parameters import FINAL_NORM, layer_name
 from megallama.spec.saved import POLICIES
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """B samples of S tokens as passes see them: T = B·S tokens in sample order.
-
-    `labels_T` holds each token's successor, or `IGNORE`.
-    """
-
-    tokens_T: Tensor
-    labels_T: Tensor
-    positions: Positions
+from megallama.spec.stages import Chunk
 
 
 class Llama:
-    """The model's passes, for one tensor rank. Weights live in `state`."""
+    """This rank's chunks of the model, by their index. Weights live in `state`."""
 
     def __init__(
-        self, config: Model, state: ParameterState, tokens: TokenShards, policy: str
+        self,
+        config: Model,
+        state: ParameterState,
+        tokens: TokenShards,
+        policy: str,
+        chunks: Sequence[Chunk],
     ) -> None:
         self.config, self.state, self.tokens = config, state, tokens
         vocab = vocab_shard(config.vocab, tokens)
-        self.embedding = VocabParallelEmbedding(state, tokens, vocab)
-        self.layers = [
-            _decoder_layer(config, state, tokens, index, POLICIES[policy])
-            for index in range(config.layers)
-        ]
-        norm = SequenceParallelRMSNorm(FINAL_NORM, state, config.norm_eps)
-        self.head = Head(norm, tokens, VocabParallelOutput(state, vocab))
+
+        def build(chunk: Chunk) -> ModelChunk:
+            layers = {i: _decoder_layer(config, state, tokens, i, policy) for i in chunk.layers}
+            embedding = VocabParallelEmbedding(state, tokens, vocab) if chunk.embedding else None
+            norm = SequenceParallelRMSNorm(FINAL_NORM, state, config.norm_eps)
+            head = Head(norm, tokens, VocabParallelOutput(state, vocab)) if chunk.head else None
+            return ModelChunk(layers, tokens.chunks, embedding, head)
+
+        self.chunks = {chunk.index: build(chunk) for chunk in chunks}
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
         self.rotations = RotationTable(frequencies, state.wide, state.device)
 
-    def forward(self, batch: MicroBatch, stash: Stash | None) -> Pass[Tensor]:
-        """Return each token's loss (T,), zero where the label is IGNORE.
-
-        With a stash every layer leaves its saved set there for `backward`, which must follow.
-        """
-        x = yield from self._hidden(batch.tokens_T, batch.positions, stash)
-        return (yield from self.head.forward(x, batch.labels_T, stash, "head"))
-
-    def backward(self, batch: MicroBatch, stash: Stash, queue: WgradQueue) -> Pass[None]:
-        """Add the gradients of the summed loss to the gradient buffers."""
-        dz_tD = yield from self.head.backward(stash.take("head"))
-        for index in reversed(range(len(self.layers))):
-            saved = stash.take(index)
-            layer = self.layers[index]
-            dz_tD = yield from layer.backward(dz_tD, batch.positions, saved, queue)
-        yield from self.embedding.backward(dz_tD, batch.tokens_T)
-
     def logits(self, tokens_T: Tensor, positions: Positions) -> Pass[Tensor]:
-        """The logits (T, v) of every token over this rank's share of the vocabulary."""
-        x = yield from self._hidden(tokens_T, positions, None)
-        n_TD = yield from self.head.normalised(x)
-        return linear_forward(n_TD, (yield self.head.output.weight()))
+        """The logits (T, v) of every token over this rank's share of the vocabulary.
+
+        Of a model that is one chunk, as that of a process that is alone.
+        """
+        (chunk,) = self.chunks.values()
+        assert chunk.head is not None
+        x = yield from chunk.hidden(MicroBatch(tokens_T, tokens_T, positions), None, None)
+        n_TD = yield from chunk.head.normalised(x)
+        return linear_forward(n_TD, (yield chunk.head.output.weight()))
 
     def positions(self, lengths: Sequence[Sequence[int]]) -> Positions:
         """Positions of samples made of documents of these lengths; each document starts at 0."""
@@ -85,15 +68,9 @@ class Llama:
         positions_T = torch.cat([torch.arange(length) for length in segments.lengths])
         return Positions(self.rotations.at(positions_T, segments.longest), segments)
 
-    def _hidden(self, tokens_T: Tensor, positions: Positions, stash: Stash | None) -> Pass[Filling]:
-        x = yield from self.embedding.forward(tokens_T)
-        for index, layer in enumerate(self.layers):
-            x = yield from layer.forward(x, positions, stash, index)
-        return x
-
 
 def _decoder_layer(
-    config: Model, state: ParameterState, tokens: TokenShards, index: int, saves: frozenset[str]
+    config: Model, state: ParameterState, tokens: TokenShards, index: int, policy: str
 ) -> DecoderLayer:
     def norm(name: str) -> SequenceParallelRMSNorm:
         return SequenceParallelRMSNorm(layer_name(index, name), state, config.norm_eps)
@@ -110,5 +87,5 @@ def _decoder_layer(
         tokens,
         (norm("attention_norm"), column("wqkv"), row("wo")),
         (norm("ffn_norm"), column("w13"), row("w2")),
-        saves,
+        POLICIES[policy],
     )

@@ -9,8 +9,8 @@ Masters and gradients are fp32 (fp64 under fp64); the weights that the passes mu
 rounded to bf16 from the masters. Where the compute dtype is the masters', these are views of the
 weights.
 
-A tied output projection is the embedding's weight with a gradient buffer of its own: the sum of the
-two gradients is then made in one place, whatever stage each came from.
+A tied output projection is the embedding's weight with a gradient of its own: the sum of the two is
+made in one place, whether both are here or each on a pipeline rank of its own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class ParameterState:
 
     `weights` and `gradients` are what the passes use; `padded_weights` and `padded_gradients` the
     same with their padding; `masters` and `own_gradients` this data rank's rows.
+
+    `tied_ends`: of a tied model, which of EMBEDDING and OUTPUT this rank has; empty where the model
+    is not tied. A rank with the output alone holds a copy of the embedding's weight.
     """
 
     def __init__(
@@ -40,19 +43,19 @@ class ParameterState:
         table: Sequence[Shard],
         compute: torch.dtype,
         device: torch.device,
-        tied: bool = False,
+        tied_ends: Sequence[str] = (),
     ) -> None:
         self.table = tuple(table)
         self.compute = compute
         self.wide = torch.promote_types(compute, torch.float32)
         self.device = device
-        self.tied = tied
+        self.folds = {EMBEDDING, OUTPUT} <= set(tied_ends)
         self.arriving: dict[str, Handle[Tensor]] = {}
         self.on_landed: Callable[[str], None] | None = None
         self.padded_weights = _tensors({s.name: s.padded_shape for s in table}, compute, device)
         self.weights = self._without_padding(self.padded_weights)
         shapes = {s.name: s.padded_shape for s in table}
-        if tied:
+        if self.folds:
             shapes[OUTPUT] = shapes[EMBEDDING]
         self.padded_gradients = _tensors(shapes, self.wide, device)
         self.gradients = self._without_padding(self.padded_gradients)
@@ -61,10 +64,16 @@ class ParameterState:
             self.masters = self._own_rows(self.padded_weights)
         else:
             self.masters = _tensors({s.name: s.own_shape for s in table}, self.wide, device)
-        if tied:
+        #: Parameter of every gradient that lands here, by the name with which it does.
+        self.parameter_of = {s.name: s.name for s in table}
+        if OUTPUT in tied_ends:
             self.weights[OUTPUT] = self.weights[EMBEDDING]
             rows = len(self.weights[EMBEDDING])
-            self.gradients[OUTPUT] = self.padded_gradients[OUTPUT][:rows]
+            kept = self.padded_gradients[OUTPUT if self.folds else EMBEDDING]
+            self.gradients[OUTPUT] = kept[:rows]
+            self.parameter_of[OUTPUT] = EMBEDDING
+            if not self.folds:
+                del self.parameter_of[EMBEDDING]
 
     def weight(self, name: str) -> Handle[Tensor]:
         """The parameter in the compute dtype; it may still be arriving from the data ranks."""
@@ -80,7 +89,7 @@ class ParameterState:
 
     def fold_tied_gradient(self) -> None:
         """Add the tied output projection's gradient to the embedding's, once a step."""
-        if self.tied:
+        if self.folds:
             self.gradients[EMBEDDING].add_(self.gradients[OUTPUT])
 
     def round_masters(self) -> None:

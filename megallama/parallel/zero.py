@@ -1,8 +1,8 @@
 """ZeRO-1 (arXiv 1910.02054): data ranks share the optimizer's work by rows of every parameter.
 
-A bucket's gradients are reduce-scattered as soon as the last of them has landed in the step's last
-micro-batch, under what is left of the backward. After the update its weights are all-gathered, all
-buckets in the order in which the next forward asks for them, under that forward.
+A bucket's gradients are reduce-scattered as soon as the last micro-batch's have landed, under what
+is left of the backward. After the update its weights are all-gathered, all buckets in the order in
+which the next forward asks for them, under that forward.
 
 Some rectangles are held by several tensor ranks: the norms' weights, and key/value heads where
 there are fewer than ranks. Each rank's gradient of these is a part of the sum. The parts are added
@@ -11,9 +11,11 @@ last, when data parallelism has divided them: sums commute, and fewer bytes move
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,18 +26,23 @@ from megallama.parallel.state import ParameterState
 from megallama.spec.buckets import buckets
 from megallama.spec.parameters import EMBEDDING, OUTPUT
 
+#: Names of parameters that travel together.
+Bucket = tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class ZeroGroups:
     """The groups that gradients are summed over.
 
     `data` for all; `tensor` for the norms, or None where every tensor rank has the whole sum
-    already (no sequence parallelism); `key_value` for replicated key/value heads.
+    already (no sequence parallelism); `key_value` for replicated key/value heads; `tied` for an
+    embedding that another pipeline rank has as its output projection, or the reverse.
     """
 
     data: Group
     tensor: Group | None
     key_value: Group
+    tied: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -55,40 +62,59 @@ class _Arriving:
 
 
 class Zero:
-    """Reduces gradients and gathers weights, bucket by bucket."""
+    """Reduces gradients and gathers weights, bucket by bucket.
+
+    `chunks`: the names of each chunk's parameters, by its index; None: one chunk of all.
+    """
 
     def __init__(
-        self, state: ParameterState, groups: ZeroGroups, wire: torch.dtype | None = None
+        self,
+        state: ParameterState,
+        groups: ZeroGroups,
+        wire: torch.dtype | None = None,
+        chunks: Mapping[int, Collection[str]] | None = None,
     ) -> None:
         self.state, self.groups, self.wire = state, groups, wire
-        self.buckets = buckets([shard.parameter for shard in state.table])
+        chunks = {0: {shard.name for shard in state.table}} if chunks is None else chunks
+        parameters = [shard.parameter for shard in state.table]
+        self._chunks = {
+            index: buckets([p for p in parameters if p.name in names])
+            for index, names in chunks.items()
+        }
+        self.buckets = tuple(chain.from_iterable(self._chunks.values()))
         self._bucket_of = {name: names for names in self.buckets for name in names}
-        if state.tied:
-            self._bucket_of[OUTPUT] = self._bucket_of[EMBEDDING]
-        self._missing: dict[tuple[str, ...], set[str]] = {}
+        self._missing: dict[Bucket, Counter[str]] = {}
         self._reducing: list[Handle[None]] = []
         state.on_landed = self._landed
 
-    def expect_last_micro_batch(self) -> None:
-        """From now on a gradient that lands is complete."""
-        for name, bucket in self._bucket_of.items():
-            self._missing.setdefault(bucket, set()).add(name)
+    def expect(self, micro_batches: int) -> None:
+        """A step begins: every gradient lands so many times before it is complete."""
+        self._missing = {bucket: Counter() for bucket in self.buckets}
+        for name, parameter in self.state.parameter_of.items():
+            self._missing[self._bucket_of[parameter]][name] = micro_batches
 
-    def finish_gradients(self) -> None:
-        """Wait until this data rank's rows of every gradient are the sum over all ranks.
+    def reduce(self, chunk: int) -> None:
+        """Say that the reductions of a chunk's gradients are under way.
 
         Raises:
-            RuntimeError: a gradient has not landed, which is a bug.
+            RuntimeError: a gradient has not landed as often as it should, which is a bug.
         """
-        if self._missing:
-            names = sorted(set().union(*self._missing.values()))
-            raise RuntimeError(f"no gradient has landed for {names}")
+        missing = [name for b in self._chunks[chunk] for name in self._missing.get(b, ())]
+        if missing:
+            raise RuntimeError(f"chunk {chunk}: gradients have not landed for {sorted(missing)}")
+
+    def finish_gradients(self) -> None:
+        """Wait until this data rank's rows of every gradient are the sum over all ranks."""
+        for chunk in self._chunks:
+            self.reduce(chunk)
         for handle in self._reducing:
             handle.wait()
         self._reducing.clear()
         sums = [_sum_over(self.groups.key_value, self._key_value_gradients())]
         if self.groups.tensor is not None:
             sums.append(_sum_over(self.groups.tensor, self._norm_gradients()))
+        if self.groups.tied is not None:
+            sums.append(_sum_over(self.groups.tied, [self.state.own_gradients[EMBEDDING]]))
         for total in sums:
             total.finish()
 
@@ -105,20 +131,20 @@ class Zero:
             arrival = _Once(self.groups.data.all_gather_rows(tensors))
             for name in bucket:
                 self.state.arriving[name] = _Arriving(arrival, self.state.weights[name])
-        if self.state.tied:
+        if self.state.parameter_of.get(OUTPUT) == EMBEDDING:
             self.state.arriving[OUTPUT] = self.state.arriving[EMBEDDING]
 
     def _landed(self, name: str) -> None:
-        bucket = self._bucket_of[name]
-        missing = self._missing.get(bucket)
-        if missing is None:
-            return  # an earlier micro-batch
-        missing.remove(name)
+        bucket = self._bucket_of[self.state.parameter_of[name]]
+        missing = self._missing[bucket]
+        missing[name] -= 1
+        if not missing[name]:
+            del missing[name]
         if not missing:
             del self._missing[bucket]
             self._reduce(bucket)
 
-    def _reduce(self, bucket: tuple[str, ...]) -> None:
+    def _reduce(self, bucket: Bucket) -> None:
         if EMBEDDING in bucket:
             self.state.fold_tied_gradient()
         gradients = [self.state.padded_gradients[name] for name in bucket]

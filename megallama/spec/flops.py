@@ -18,16 +18,25 @@ PEAK_FLOPS: dict[str, float] = {
 }
 
 
+def layer_flops(model: Model, sequence_length: int) -> int:
+    """FLOPs of a decoder layer's forward and backward a token: 6·[(2+2K/H)·D² + 3·D·F + D·S]."""
+    d = model.d_model
+    attention = 2 * d * (d + model.kv_heads * model.head_width)
+    return 6 * (attention + 3 * d * model.ffn + d * sequence_length)
+
+
+def head_flops(model: Model) -> int:
+    """FLOPs of the output projection's forward and backward a token: 6·V·D."""
+    return 6 * model.vocab * model.d_model
+
+
 def flops_per_token(model: Model, sequence_length: int) -> float:
     """FLOPs of forward and backward a token: 6·L·[(2+2K/H)·D² + 3·D·F] + 6·V·D + 6·L·D·S.
 
     A multiply-add counts two, the backward twice the forward, causal attention half of S², and
     recomputation nothing.
     """
-    d, layers = model.d_model, model.layers
-    attention = (2 + 2 * model.kv_heads / model.heads) * d * d
-    matrices = layers * (attention + 3 * d * model.ffn) + model.vocab * d
-    return 6.0 * matrices + 6.0 * layers * d * sequence_length
+    return float(model.layers * layer_flops(model, sequence_length) + head_flops(model))
 
 
 def flops_per_token_6n(parameters: int) -> float:

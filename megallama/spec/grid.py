@@ -103,13 +103,10 @@ def make_grid(config: Config, processes: int) -> Grid:
     """
     parallel, train = config.parallel, config.train
     model_ranks = parallel.tensor * parallel.pipeline
-    if parallel.pipeline > 1:
-        raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline}: this version runs no pipeline; set it to 1"
-        )
     data = parallel.data or max(1, processes // model_ranks)
     if model_ranks * data != processes:
         sizes = f"parallel.tensor={parallel.tensor}"
+        sizes += f" x parallel.pipeline={parallel.pipeline}" if parallel.pipeline > 1 else ""
         sizes += f" x parallel.data={parallel.data}" if parallel.data else ""
         raise ConfigError(
             f"{sizes}: {processes} {'process does' if processes == 1 else 'processes do'} not "

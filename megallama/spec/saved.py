@@ -24,6 +24,13 @@ POLICIES: dict[str, frozenset[str]] = {
 }
 
 
+#: What a layer keeps from a split backward, B, to its W. Shards alone: W gathers again `dz` and
+#: `dx2`, the gradients of what W2 and Wo returned, and `n1` and `n2`, because whole they would be
+#: four residual streams on every tensor rank. `act` is SwiGLU's output, `dgate_up` and `dqkv` the
+#: gradients of W13's and Wqkv's outputs.
+WEIGHT_STATE = frozenset({"dz", "act", "dgate_up", "n2", "dx2", "o", "dqkv", "n1"})
+
+
 def saved_bytes(
     model: Model,
     policy: str,
@@ -37,18 +44,32 @@ def saved_bytes(
     `itemsize` is the compute dtype's. The residual stream is divided by sequence parallelism, heads
     and the feed-forward width by the tensor ranks; fewer key/value heads than ranks are replicated.
     """
-    width, shard = model.head_width, tokens // tensor if sequence_parallel else tokens
-    heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
-    elements = {
-        "x": shard * model.d_model,
-        "n1": shard * model.d_model,
-        "qkv": tokens * (heads + 2 * kv_heads) * width,
-        "o": tokens * heads * width,
-        "x2": shard * model.d_model,
-        "n2": shard * model.d_model,
-        "gate_up": tokens * 2 * model.ffn // tensor,
-    }
     saved = POLICIES[policy]
+    elements = _elements(model, tokens, tensor, sequence_parallel)
     # The log-sum-exp is kept in fp32 (fp64 under fp64): one number a head.
+    heads = model.heads // tensor
     statistics = tokens * heads * max(itemsize, 4) if "lse" in saved else 0
-    return statistics + itemsize * sum(n for name, n in elements.items() if name in saved)
+    return statistics + itemsize * sum(elements[name] for name in saved - {"lse"})
+
+
+def weight_state_bytes(
+    model: Model, itemsize: int, tokens: int = 1, tensor: int = 1, sequence_parallel: bool = True
+) -> int:
+    """Bytes that one decoder layer keeps of a micro-batch from B to W; arguments as above."""
+    elements = _elements(model, tokens, tensor, sequence_parallel)
+    return itemsize * sum(elements[name] for name in WEIGHT_STATE)
+
+
+def _elements(model: Model, tokens: int, tensor: int, sequence_parallel: bool) -> dict[str, int]:
+    """Elements of each tensor of a layer, on one of `tensor` ranks."""
+    stream = (tokens // tensor if sequence_parallel else tokens) * model.d_model
+    heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
+    projected = tokens * (heads + 2 * kv_heads) * model.head_width
+    act = tokens * model.ffn // tensor
+    return {
+        **dict.fromkeys(("x", "n1", "x2", "n2", "dx2", "dz"), stream),
+        **dict.fromkeys(("qkv", "dqkv"), projected),
+        **dict.fromkeys(("gate_up", "dgate_up"), 2 * act),
+        "o": tokens * heads * model.head_width,
+        "act": act,
+    }

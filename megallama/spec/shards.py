@@ -19,7 +19,8 @@ class Piece:
     """A rectangle of a part, and the first row at which it lies in the local tensor.
 
     `copies`: the number of tensor ranks that hold this rectangle. `owned`: of these this rank is
-    the first; what is counted or written once is so by its owner.
+    the first, and the parameter is no copy of another pipeline rank's (tied embeddings); what is
+    counted or written once is so by its owner.
     """
 
     part: Part
@@ -76,9 +77,14 @@ def shard_table(table: Iterable[Parameter], place: Place) -> tuple[Shard, ...]:
     return tuple(shard(parameter, place) for parameter in table)
 
 
-def shard(parameter: Parameter, place: Place) -> Shard:
-    """What the rank at `place` holds of a parameter."""
+def shard(parameter: Parameter, place: Place, copy: bool = False) -> Shard:
+    """What the rank at `place` holds of a parameter.
+
+    `copy`: another pipeline rank holds the same, and it is the one that owns the pieces.
+    """
     pieces, rows = _tensor_pieces(parameter, place.along("tensor"), place.grid.tensor)
+    if copy:
+        pieces = tuple(replace(piece, owned=False) for piece in pieces)
     columns = parameter.shape[1:]
     if parameter.shard_dim == 1:
         columns = (columns[0] // place.grid.tensor,)

@@ -8,27 +8,43 @@ reduce-scatter of the residual stream (T, D) sends (n-1)·T·D·e/n bytes:
 
     layer, forward     2 all-gathers, 2 reduce-scatters
     layer, backward    4 all-gathers, 2 reduce-scatters; 5 and 3 under `layer_input`
+    split, B           2 all-gathers, 2 reduce-scatters, and what the policy recomputes
+    split, W           4 all-gathers
     embedding          1 reduce-scatter forward, 1 all-gather backward
     head               1 all-gather, 1 reduce-scatter, the loss's statistics; nothing backward
 
-Without it a layer has 2 all-reduces forward and 2 backward, of 2·(n-1)·T·D·e/n bytes each.
+Without it a layer has 2 all-reduces forward and 2 backward, of 2·(n-1)·T·D·e/n bytes each, and W
+none. Between pipeline ranks a micro-batch's shard of the stream travels, T·D·e/n bytes (without
+sequence parallelism T·D·e), once in each direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from math import prod
-from typing import NamedTuple
 
 from megallama.config.schema import Config
 from megallama.spec.buckets import buckets
+from megallama.spec.collectives import (
+    NOTHING,
+    Count,
+    Stream,
+    Traffic,
+    all_gather,
+    all_reduce,
+    reduce_scatter,
+)
 from megallama.spec.grid import Place
+from megallama.spec.groups import TIED, link_name, run_schedule
 from megallama.spec.logits import CHUNK_BYTES, chunk_count
 from megallama.spec.memory import ITEMSIZE
-from megallama.spec.parameters import parameter_table
+from megallama.spec.parameters import EMBEDDING, parameter_table
 from megallama.spec.saved import POLICIES
-from megallama.spec.shards import Shard, shard_table, vocab_rows
+from megallama.spec.schedules.actions import Action, Receive, Send, passes
+from megallama.spec.shards import Shard, vocab_rows
+from megallama.spec.stages import Chunk, has_tied_copy, rank_tables
 
 #: What the loop asks of every rank in a step's sum: stop, interrupt, out of time.
 REQUESTS = 3
@@ -36,106 +52,7 @@ REQUESTS = 3
 SUM_ITEMSIZE = 8
 
 
-class Count(NamedTuple):
-    """How often an operation is issued, and the bytes that one rank sends for it."""
-
-    calls: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Counts by (group name, operation). Groups of one rank do not occur."""
-
-    counts: Mapping[tuple[str, str], Count] = field(default_factory=dict)
-
-    def __add__(self, other: Traffic) -> Traffic:
-        total = dict(self.counts)
-        for key, count in other.counts.items():
-            held = total.get(key, Count(0, 0))
-            total[key] = Count(held.calls + count.calls, held.bytes + count.bytes)
-        return Traffic(total)
-
-    def __rmul__(self, times: int) -> Traffic:
-        """So many times the same."""
-        return Traffic({k: Count(times * c.calls, times * c.bytes) for k, c in self.counts.items()})
-
-
-NOTHING = Traffic()
-
-
-# One collective each; `n` ranks.
-
-
-def all_gather(group: str, n: int, shard: int, rows: bool = False) -> Traffic:
-    """(n-1) · the bytes of a rank's shard; `rows` is the coalesced operation of a bucket."""
-    return _one(group, "all_gather_rows" if rows else "all_gather", n, (n - 1) * shard)
-
-
-def reduce_scatter(group: str, n: int, shard: int, rows: bool = False) -> Traffic:
-    """(n-1) · the bytes of the shard that a rank keeps, as they travel."""
-    return _one(group, "reduce_scatter_rows" if rows else "reduce_scatter", n, (n - 1) * shard)
-
-
-def all_reduce(group: str, n: int, elements: int, itemsize: int) -> Traffic:
-    """2·(n-1)·⌈elements/n⌉·itemsize: a reduce-scatter, then an all-gather."""
-    return _one(group, "all_reduce", n, 2 * (n - 1) * -(-elements // n) * itemsize)
-
-
-def _one(group: str, operation: str, n: int, sent: int) -> Traffic:
-    return Traffic({(group, operation): Count(1, sent)}) if n > 1 else NOTHING
-
-
 # The passes over a micro-batch.
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The residual stream of a micro-batch, (T, D), as the `ranks` tensor ranks share it.
-
-    `itemsize` is the compute dtype's; `chunks` those of the forward.
-    """
-
-    tokens: int
-    width: int
-    itemsize: int
-    ranks: int
-    sequence_parallel: bool = True
-    chunks: int = 1
-
-    def gather(self) -> Traffic:
-        """From shards to the whole, chunk by chunk: `chunks` all-gathers, (n-1)·T·D·e/n in all.
-
-        Nothing without sequence parallelism: every rank has all tokens already.
-        """
-        if not self.sequence_parallel:
-            return NOTHING
-        return self.chunks * all_gather("tensor", self.ranks, self._chunk() // self.ranks)
-
-    def scatter(self) -> Traffic:
-        """From the ranks' parts to the sum, chunk by chunk, (n-1)·T·D·e/n in all.
-
-        Without sequence parallelism the sum is whole on every rank: all-reduces of twice the bytes.
-        """
-        if not self.sequence_parallel:
-            return self.chunks * self._all_reduce(self.chunks)
-        return self.chunks * reduce_scatter("tensor", self.ranks, self._chunk() // self.ranks)
-
-    def scatter_gradient(self) -> Traffic:
-        """As `scatter`, but an all-reduce is not cut in chunks.
-
-        The backward takes all tokens at once. Under sequence parallelism its collectives still go
-        by the forward's chunks, because a rank's shard is one run of tokens of each.
-        """
-        return self.scatter() if self.sequence_parallel else self._all_reduce(chunks=1)
-
-    def _chunk(self) -> int:
-        """Bytes of a chunk."""
-        return self.tokens // self.chunks * self.width * self.itemsize
-
-    def _all_reduce(self, chunks: int) -> Traffic:
-        elements = self.tokens // chunks * self.width
-        return all_reduce("tensor", self.ranks, elements, self.itemsize)
 
 
 def layer_forward(stream: Stream) -> Traffic:
@@ -151,6 +68,22 @@ def layer_backward(stream: Stream, policy: str) -> Traffic:
     whole. Scattered are dn1 and dn2, which Wqkv and W13 return.
     """
     return 4 * stream.gather() + 2 * stream.scatter_gradient() + recompute(stream, policy)
+
+
+def layer_backward_activations(stream: Stream, policy: str) -> Traffic:
+    """B: 2 gathers and 2 scatters, and what the policy recomputes.
+
+    As `layer_backward` without the gathers for weight gradients, n1 and n2; gate and up, where they
+    are not saved, need n2 whole.
+    """
+    again = NOTHING if "gate_up" in POLICIES[policy] else stream.gather()
+    both = 2 * stream.gather() + 2 * stream.scatter_gradient()
+    return both + again + recompute(stream, policy)
+
+
+def layer_backward_weights(stream: Stream) -> Traffic:
+    """W: 4 gathers, of dz, n2, dx2 and n1, whose shards B left."""
+    return 4 * stream.gather()
 
 
 def recompute(stream: Stream, policy: str) -> Traffic:
@@ -177,7 +110,8 @@ def embedding_backward(stream: Stream) -> Traffic:
 def head_forward(stream: Stream, loss_chunks: int) -> Traffic:
     """1 gather of the final norm's output, the loss's statistics, 1 scatter of its gradient.
 
-    The gradient is made in the forward, chunk by chunk of logits, but scattered whole.
+    The gradient is made in the forward, chunk by chunk of logits, but scattered whole. The backward
+    has nothing: that of the final norm works on this rank's tokens.
     """
     return stream.gather() + loss_statistics(stream, loss_chunks) + stream.scatter_gradient()
 
@@ -194,16 +128,29 @@ def loss_statistics(stream: Stream, loss_chunks: int) -> Traffic:
     return Traffic({("tensor", "all_gather"): Count(loss_chunks, sent)})
 
 
-def head_backward() -> Traffic:
-    """Nothing: the final norm's backward works on this rank's tokens."""
-    return NOTHING
+def chunk_pass(kind: str, chunk: Chunk, stream: Stream, policy: str, loss_chunks: int) -> Traffic:
+    """A pass of a chunk over a micro-batch; `kind`: F, BW, or the split B and W."""
+    layers = len(chunk.layers)
+    if kind == "F":
+        before = embedding_forward(stream) if chunk.embedding else NOTHING
+        after = head_forward(stream, loss_chunks) if chunk.head else NOTHING
+        return before + layers * layer_forward(stream) + after
+    if kind == "B":
+        return layers * layer_backward_activations(stream, policy)
+    a_layer = layer_backward(stream, policy) if kind == "BW" else layer_backward_weights(stream)
+    return layers * a_layer + (embedding_backward(stream) if chunk.embedding else NOTHING)
 
 
-def micro_batch(stream: Stream, layers: int, policy: str, loss_chunks: int) -> Traffic:
-    """Forward and backward of all layers, the embedding and the head."""
-    a_layer = layer_forward(stream) + layer_backward(stream, policy)
-    head = head_forward(stream, loss_chunks) + head_backward()
-    return embedding_forward(stream) + layers * a_layer + head + embedding_backward(stream)
+def messages(actions: Sequence[Action], rank: int, stream: Stream) -> Traffic:
+    """What pipeline rank `rank` sends to others and receives; receiving sends no bytes."""
+    total = NOTHING
+    for action in actions:
+        if isinstance(action, Send):
+            key = (link_name(rank, action.peer), "send")
+            total += Traffic({key: Count(1, stream.shard())})
+        elif isinstance(action, Receive):
+            total += Traffic({(link_name(action.peer, rank), "receive"): Count(1, 0)})
+    return total
 
 
 # Once a step.
@@ -254,6 +201,15 @@ def summed_key_value_heads(table: Sequence[Shard], n: int, itemsize: int) -> Tra
     return all_reduce("key_value", n, held, itemsize) if held else NOTHING
 
 
+def summed_tied_embedding(table: Sequence[Shard], itemsize: int) -> Traffic:
+    """One all-reduce of this data rank's rows of the embedding, between its rank and its copy's.
+
+    Where they are two: each has the gradient of one use of the weight.
+    """
+    own = sum(prod(shard.own_shape) for shard in table if shard.name == EMBEDDING)
+    return all_reduce(TIED, 2, own, itemsize) if own else NOTHING
+
+
 def step_sum(n: int, samples: int, parameters: int, layers: int, requests: int) -> Traffic:
     """The one sum over all ranks: an all-reduce of 3·samples + parameters + layers + requests fp64.
 
@@ -282,8 +238,9 @@ def stream_of(config: Config) -> Stream:
 
 def initial_traffic(config: Config, place: Place) -> Traffic:
     """What a rank sends before the first step: its rows of the initial weights."""
-    table = shard_table(parameter_table(config.model), place)
-    return gathered_weights(table, place.grid.data, ITEMSIZE[config.train.precision])
+    itemsize = ITEMSIZE[config.train.precision]
+    tables = (table for _, table in rank_tables(config, place))
+    return sum((gathered_weights(table, place.grid.data, itemsize) for table in tables), NOTHING)
 
 
 def step_traffic(
@@ -294,33 +251,49 @@ def step_traffic(
     requests: int = REQUESTS,
     layer_norms: bool = False,
     applied: bool = True,
+    undone: bool = False,
 ) -> Traffic:
     """What the rank at `place` sends in a step.
 
     `device`: "cpu" or "cuda", which decides the chunks of the loss. `applied`: the weights changed.
+    `undone`: an early update was taken back, so the weights were gathered twice.
     """
-    model, train, grid = config.model, config.train, place.grid
-    stream, itemsize = stream_of(config), ITEMSIZE[train.precision]
-    rows = vocab_rows(model.vocab, grid.tensor)
-    loss_chunks = chunk_count(stream.tokens, rows, itemsize, CHUNK_BYTES[device])
-    passes = micro_batch(stream, model.layers, train.saved_activations, loss_chunks)
-    table = shard_table(parameter_table(model), place)
-    logged = model.layers if layer_norms else 0
-    return (
-        train.global_batch // (train.micro_batch * grid.data) * passes
-        + _gradient_sums(config, place, table)
-        + step_sum(grid.size, train.global_batch, len(table), logged, requests)
-        + (gathered_weights(table, grid.data, itemsize) if applied else NOTHING)
-    )
+    train, grid = config.train, place.grid
+    parameters = len(parameter_table(config.model))
+    logged = config.model.layers if layer_norms else 0
+    total = pass_traffic(config, place, device) + _gradient_sums(config, place)
+    total += step_sum(grid.size, train.global_batch, parameters, logged, requests)
+    if config.parallel.early_step:  # the step's valid tokens, before anything else
+        total += all_reduce("data", grid.data, 1, SUM_ITEMSIZE)
+    return total + (2 if undone else int(applied)) * initial_traffic(config, place)
 
 
-def _gradient_sums(config: Config, place: Place, table: Sequence[Shard]) -> Traffic:
-    """Over the data ranks, then over the tensor ranks that hold the same rectangle."""
-    parallel, wide = config.parallel, max(ITEMSIZE[config.train.precision], 4)
+def pass_traffic(config: Config, place: Place, device: str) -> Traffic:
+    """What a rank sends in the passes of a step, and between them."""
+    stream, rank = stream_of(config), place.along("pipeline")
+    rows = vocab_rows(config.model.vocab, place.grid.tensor)
+    loss_chunks = chunk_count(stream.tokens, rows, stream.itemsize, CHUNK_BYTES[device])
+    chunks = {chunk.index: chunk for chunk, _ in rank_tables(config, place)}
+    actions = run_schedule(config, place.grid).actions[rank]
+    total = messages(actions, rank, stream)
+    for (kind, index), times in Counter((p.kind, p.chunk) for p in passes(actions)).items():
+        policy = config.train.saved_activations
+        total += times * chunk_pass(kind, chunks[index], stream, policy, loss_chunks)
+    return total
+
+
+def _gradient_sums(config: Config, place: Place) -> Traffic:
+    """Over the data ranks, then over the ranks that hold the same rectangle."""
+    parallel, grid = config.parallel, place.grid
+    wide = max(ITEMSIZE[config.train.precision], 4)
     wire = 2 if parallel.gradient_wire == "bf16" else wide
+    tables = [table for _, table in rank_tables(config, place)]
+    total = sum((reduced_gradients(table, grid.data, wire) for table in tables), NOTHING)
+    table = tuple(chain.from_iterable(tables))
     sharing = len(place.groups(config.model.kv_heads)["key_value"])
-    total = reduced_gradients(table, place.grid.data, wire)
     total += summed_key_value_heads(table, sharing, wide)
     if parallel.sequence_parallel:
-        total += summed_norms(table, place.grid.tensor, wide)
+        total += summed_norms(table, grid.tensor, wide)
+    if has_tied_copy(config, grid):
+        total += summed_tied_embedding(table, wide)
     return total

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 
 import torch
 
@@ -16,16 +18,20 @@ from megallama.errors import ConfigError
 from megallama.model.initial import initialize
 from megallama.model.llama import Llama
 from megallama.optim.adamw import AdamW
+from megallama.parallel.pipeline import Pipeline
 from megallama.parallel.state import ParameterState
 from megallama.parallel.tokens import TokenShards
 from megallama.parallel.zero import Zero, ZeroGroups
 from megallama.spec import grid
 from megallama.spec.grid import Place, make_grid
-from megallama.spec.parameters import parameter_table
-from megallama.spec.shards import shard_table
+from megallama.spec.groups import group_members, link_name, run_schedule
+from megallama.spec.parameters import EMBEDDING, OUTPUT, parameter_table
+from megallama.spec.schedules.actions import Schedule
+from megallama.spec.schedules.build import forward_only
+from megallama.spec.stages import Chunk, rank_tables
 from megallama.train.device import DTYPES, choose_device, make_deterministic
 from megallama.train.process import ALONE, Process
-from megallama.train.step import TrainStep
+from megallama.train.step import Pipelines, TrainStep
 
 NO_DATA = (
     "data.mixture: is empty, and so is data.phases; name the token files to train on, as "
@@ -65,19 +71,25 @@ def build_trainer(config: Config, process: Process = ALONE, strict: bool = False
         LostError: another process does not answer.
     """
     place = Place(make_grid(config, process.size), process.rank)
-    train = config.train
-    if train.deterministic:
+    schedule = run_schedule(config, place.grid)
+    if config.train.deterministic:
         make_deterministic()
     device = choose_device(config, process.local_rank)
-    members = place.groups(config.model.kv_heads)
     groups = connect(
-        process.store, process.rank, members, device, strict=strict, hostname=process.hostname
+        process.store,
+        process.rank,
+        group_members(config, place, schedule.links),
+        device,
+        strict=strict,
+        timeout=timedelta(seconds=config.parallel.timeout_seconds),
+        hostname=process.hostname,
     )
     model, zero = build_model(config, device, place, groups.by_name)
     state = model.state
     parameters = [shard.parameter for shard in state.table]
     optimizer = AdamW(config.optimizer, parameters, state.masters, state.own_gradients)
-    step = TrainStep(model, zero, optimizer, groups["world"], place, config)
+    pipelines = build_pipelines(config, place, groups)
+    step = TrainStep(model, zero, optimizer, groups.by_name, place, pipelines, config)
     return Trainer(config, place, groups, model, zero, optimizer, step)
 
 
@@ -89,18 +101,52 @@ def build_model(
     if parallel.overlap == "none":
         groups = {name: Blocking(group) for name, group in groups.items()}
     tensor = groups["tensor"]
-    table = shard_table(parameter_table(config.model), place)
+    tables = rank_tables(config, place)
+    chunks = [chunk for chunk, _ in tables]
     dtype = DTYPES[config.train.precision]
-    state = ParameterState(table, dtype, device, tied=config.model.tie_embeddings)
+    table = [shard for _, shards in tables for shard in shards]
+    ends = _tied_ends(chunks) if config.model.tie_embeddings else ()
+    state = ParameterState(table, dtype, device, ends)
     summed = tensor if parallel.sequence_parallel else None
     wire = torch.bfloat16 if parallel.gradient_wire == "bf16" else None
-    zero = Zero(state, ZeroGroups(groups["data"], summed, groups["key_value"]), wire)
+    names = {chunk.index: {shard.name for shard in shards} for chunk, shards in tables}
+    zero_groups = ZeroGroups(groups["data"], summed, groups["key_value"], groups.get("tied"))
+    zero = Zero(state, zero_groups, wire, names)
     with zero.changing_masters():
         initialize(state, config.run.seed)
     # A lone model takes any number of tokens, whatever grid the config names.
-    chunks = parallel.forward_chunks if tensor.size > 1 else 1
-    tokens = TokenShards(tensor, parallel.sequence_parallel, chunks)
-    return Llama(config.model, state, tokens, config.train.saved_activations), zero
+    token_chunks = parallel.forward_chunks if tensor.size > 1 else 1
+    tokens = TokenShards(tensor, parallel.sequence_parallel, token_chunks)
+    return Llama(config.model, state, tokens, config.train.saved_activations, chunks), zero
+
+
+def _tied_ends(chunks: Sequence[Chunk]) -> tuple[str, ...]:
+    """Which ends of the model these chunks have."""
+    ends = {EMBEDDING: any(c.embedding for c in chunks), OUTPUT: any(c.head for c in chunks)}
+    return tuple(name for name, here in ends.items() if here)
+
+
+def build_pipelines(config: Config, place: Place, groups: Groups) -> Pipelines:
+    """A rank's pipelines over its links."""
+    rank = place.along("pipeline")
+    links = {
+        (source, destination): groups[link_name(source, destination)]
+        for source, destination in run_schedule(config, place.grid).links
+        if rank in (source, destination)
+    }
+    overlap = config.parallel.overlap != "none"
+    fill = overlap and place.grid.tensor > 1
+
+    def pipeline(schedule: Schedule) -> Pipeline:
+        return Pipeline(schedule, rank, links, overlap, fill, groups.recorder)
+
+    def training(micro_batches: int) -> Pipeline:
+        return pipeline(run_schedule(config, place.grid, micro_batches))
+
+    def evaluation(micro_batches: int) -> Pipeline:
+        return pipeline(forward_only(run_schedule(config, place.grid, micro_batches)))
+
+    return Pipelines(cache(training), cache(evaluation))
 
 
 def build_lone_model(config: Config, device: torch.device) -> tuple[Llama, Zero]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from megallama.config.schema import Config
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import EXIT_DONE
-from megallama.spec.grid import make_grid
+from megallama.spec.grid import Grid, make_grid
 from megallama.spec.memory import held_bytes
 from megallama.spec.parameters import parameter_table
+from megallama.spec.stages import chunks_of, owners_of
 from megallama.train.build import build_dataset
 from megallama.train.device import choose_device
 
@@ -33,8 +34,22 @@ def dry_run(config: Config, processes: int = 1) -> int:
         print(f"first sample: {text[:200]!r}")
     parameters = sum(parameter.numel for parameter in parameter_table(config.model))
     print(f"parameters: {parameters:,}")
+    _show_layout(config, grid)
     sizes = held_bytes(config, grid)
     for name, size in sizes.items():
         print(f"{name}: {size / MIB:,.1f} MiB")
-    print(f"sum, without transient buffers: {sum(sizes.values()) / MIB:,.1f} MiB")
+    whose = ", on the rank that holds the most" if grid.pipeline > 1 else ""
+    print(f"sum, without transient buffers{whose}: {sum(sizes.values()) / MIB:,.1f} MiB")
     return EXIT_DONE
+
+
+def _show_layout(config: Config, grid: Grid) -> None:
+    """Where each rank stands, and in a pipeline the layers of each chunk."""
+    if grid.size > 1:
+        print(grid)
+    if grid.pipeline > 1:
+        print(f"schedule: {config.parallel.schedule}")
+        for chunk, rank in zip(chunks_of(config, grid), owners_of(config, grid), strict=True):
+            layers = f"layers {chunk.layers[0]} to {chunk.layers[-1]}"
+            ends = (", embedding" if chunk.embedding else "") + (", head" if chunk.head else "")
+            print(f"chunk {chunk.index}, on pp {rank}: {layers}{ends}")

@@ -5,19 +5,38 @@ Reading a value makes the host wait for everything queued before it, so a step d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megallama.dist.group import Group
+from megallama.dist.handle import Done, Handle
 
 
-def read_back(*tensors: Tensor, over: Group | None = None) -> list[list[float]]:
-    """Each 1-D tensor as a list, in one transfer; as its sum over a group's ranks where given.
+@dataclass(frozen=True)
+class Reading:
+    """Values on their way to the host, one transfer for all."""
+
+    values: Handle[Tensor]
+    lengths: Sequence[int]
+
+    def finish(self) -> list[list[float]]:
+        """Wait for them."""
+        return [piece.tolist() for piece in self.values.wait().cpu().split(list(self.lengths))]
+
+
+def begin_reading(*tensors: Tensor, over: Group | None = None) -> Reading:
+    """Start to read 1-D tensors back; as their sum over a group's ranks where one is given.
 
     The sum is one collective in fp64, with the same bits on every rank.
     """
-    lengths = [len(t) for t in tensors]
     values = torch.cat([t.double() for t in tensors])
-    if over is not None:
-        values = over.all_reduce(values).wait()
-    return [piece.tolist() for piece in values.cpu().split(lengths)]
+    summed = Done(values) if over is None else over.all_reduce(values)
+    return Reading(summed, [len(t) for t in tensors])
+
+
+def read_back(*tensors: Tensor, over: Group | None = None) -> list[list[float]]:
+    """Each 1-D tensor as a list. See `begin_reading`."""
+    return begin_reading(*tensors, over=over).finish()

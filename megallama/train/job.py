@@ -169,4 +169,7 @@ def _ranks(trainer: Trainer) -> str:
     grid, kind = trainer.place.grid, trainer.device.type
     if grid.size == 1:
         return str(trainer.device)
-    return f"{grid.size} {kind} ranks (tensor {grid.tensor} x data {grid.data})"
+    axes = f"tensor {grid.tensor} x data {grid.data}"
+    if grid.pipeline > 1:
+        axes = f"{axes} x pipeline {grid.pipeline}, {trainer.config.parallel.schedule}"
+    return f"{grid.size} {kind} ranks ({axes})"

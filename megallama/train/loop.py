@@ -27,7 +27,7 @@ from megallama.train.meeting import Meeting
 from megallama.train.metrics import MetricsWriter
 from megallama.train.signals import StopSignals
 from megallama.train.snapshot import Progress, save
-from megallama.train.step import StepResult
+from megallama.train.tally import StepResult
 from megallama.train.throughput import speed
 from megallama.train.trackers import Tracker, wandb_tracker
 from megallama.train.validate import validate

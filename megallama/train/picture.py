@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from megallama.train.record import RunRecord, column, median, shape_words, summarise
+from megallama.train.timeline import ROW_INCHES, draw_timeline, legend_entries, shown_ranks
+from megallama.train.trace import Timeline
 
 SMOOTH_ABOVE = 100  # points: a smoothed line over the raw one from here on
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6eaee"
 BLUE, PALE_BLUE, ORANGE = "#1f5fa8", "#b5cfec", "#d9691e"
+WIDTH, LEFT, RIGHT = 12.0, 0.72, 0.24  # inches
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so a report looks alike everywhere
     "font.size": 10.5,
@@ -37,26 +40,64 @@ STYLE: dict[Any, Any] = {
 def draw(run: RunRecord, other: RunRecord | None = None) -> bytes:
     """The PNG: loss over learning rate, gradient norm and throughput, all against the step.
 
-    The loss of an `other` run is drawn under it.
+    The loss of an `other` run is drawn under it. A step that was recorded stands between the loss
+    and the rest, as a timeline.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    timeline = run.timeline
+    rows = len(shown_ranks(timeline)) if timeline else 0
+    loss, middle, panels = (2.75, 0.95 + ROW_INCHES * rows, 1.35) if rows else (2.97, 0.0, 1.7)
+    height = 1.25 + loss + middle + 1.03 + panels + 0.65
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 7.6), dpi=160, facecolor="white")
-        grid = figure.add_gridspec(
-            2, 3, height_ratios=(1.75, 1), hspace=0.44, wspace=0.24,
-            left=0.06, right=0.98, top=0.835, bottom=0.085,
-        )  # fmt: skip
-        figure.text(0.06, 0.957, run.name, fontsize=18, fontweight="bold", va="center")
-        figure.text(0.06, 0.915, subtitle(run), fontsize=11, color=MUTED, va="center")
-        _draw_loss(figure.add_subplot(grid[0, :]), run, other)
-        _draw_lr(figure.add_subplot(grid[1, 0]), run)
-        _draw_grad_norm(figure.add_subplot(grid[1, 1]), run)
-        _draw_throughput(figure.add_subplot(grid[1, 2]), run)
+        figure = Figure(figsize=(WIDTH, height), dpi=160, facecolor="white")
+        _write(figure, 0.33, run.name, fontsize=18, fontweight="bold")
+        _write(figure, 0.65, subtitle(run), fontsize=11, color=MUTED)
+        _draw_loss(_axes(figure, 1.25, loss), run, other)
+        top = 1.25 + loss + 0.95
+        if timeline:
+            _draw_measured(_axes(figure, top, ROW_INCHES * rows, left=1.45), timeline)
+        top = height - 0.65 - panels
+        _draw_lr(_axes(figure, top, panels, 0), run)
+        _draw_grad_norm(_axes(figure, top, panels, 1), run)
+        _draw_throughput(_axes(figure, top, panels, 2), run)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _axes(
+    figure: Any, top: float, height: float, third: int | None = None, left: float = LEFT
+) -> Any:
+    """Axes `top` inches under the figure's upper edge, over its width or over a third of it."""
+    whole, gap = WIDTH - left - RIGHT, 0.76
+    width = whole if third is None else (whole - 2 * gap) / 3
+    left += (third or 0) * (width + gap)
+    high = figure.get_figheight()
+    return figure.add_axes((left / WIDTH, 1 - (top + height) / high, width / WIDTH, height / high))
+
+
+def _write(figure: Any, top: float, text: str, **style: Any) -> None:
+    """A line of text whose middle is `top` inches under the figure's upper edge."""
+    figure.text(LEFT / WIDTH, 1 - top / figure.get_figheight(), text, va="center", **style)
+
+
+def _draw_measured(axes: Any, timeline: Timeline) -> None:
+    from matplotlib.patches import Patch
+
+    draw_timeline(axes, timeline)
+    count, shown = len(timeline.ranks), len(shown_ranks(timeline))
+    ranks = (
+        f"{count} rank{'s' if count > 1 else ''}" if count == shown else f"{shown} of {count} ranks"
+    )
+    title = f"step {timeline.step}, measured on {ranks}"
+    axes.set_title(title, x=-0.0705, ha="left", fontsize=11.5, fontweight="bold", color=INK, pad=9)
+    patches = [Patch(color=colour, label=word) for word, colour in legend_entries(timeline)]
+    axes.legend(
+        handles=patches, loc="lower right", bbox_to_anchor=(1.008, 0.985), ncols=len(patches),
+        frameon=False, fontsize=9.5, handlelength=1.1, handleheight=0.9, columnspacing=1.3,
+    )  # fmt: skip
 
 
 def _draw_loss(axes: Any, run: RunRecord, other: RunRecord | None) -> None:

@@ -17,6 +17,7 @@ from megallama.config.schema import Data, Model, Source
 from megallama.errors import ConfigError
 from megallama.spec.parameters import parameter_table
 from megallama.train.metrics import Row, read_metrics
+from megallama.train.trace import Timeline, read_timeline
 
 LARGEST = 1e30  # a figure beyond it was written by hand, and its square may not be drawn
 
@@ -31,6 +32,8 @@ class RunRecord:
     model: Mapping[str, Any]
     entropy: float | None
     """Unigram entropy of the corpus in nats a token, where every source's sidecar gives it."""
+    timeline: Timeline | None = None
+    """The newest step that was recorded, if any."""
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -53,6 +56,7 @@ def read_run(run_dir: Path) -> RunRecord:
         validations=_latest(row for row in rows if "validation_loss" in row),
         model=_section(config, "model"),
         entropy=unigram_entropy(_section(config, "data"), int(_figure(steps[-1], "tokens") or 0)),
+        timeline=read_timeline(run_dir),
     )
 
 

@@ -1,4 +1,5 @@
-"""A run's report: one picture of four panels and one self-contained page, from its metrics.jsonl.
+"""A run's report: one picture and one self-contained page, from its metrics.jsonl and, where a
+step was recorded, its timeline.
 
 The unigram entropy of the corpus, drawn beside the loss, is what a model that knows only how often
 each token occurs would reach: a loss below it shows that context is being used.
@@ -16,6 +17,7 @@ from megallama.files import write_atomic
 from megallama.train.comparison import Comparison
 from megallama.train.picture import draw, subtitle
 from megallama.train.record import RunRecord, shape_words, summarise
+from megallama.train.trace import Timeline, timeline_name
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -35,7 +37,7 @@ td {{ font-variant-numeric: tabular-nums; }}
 </style>
 <h1>{name}</h1>
 <p>{subtitle}</p>
-<img alt="loss, learning rate, gradient norm and throughput of {name}"
+<img alt="{shown} of {name}"
   src="data:image/png;base64,{picture}">
 <table>
 {rows}
@@ -59,6 +61,10 @@ def write_report(run_dir: Path, run: RunRecord, comparison: Comparison | None = 
 def render_page(run: RunRecord, picture: bytes, comparison: Comparison | None = None) -> str:
     """One HTML file that needs nothing else: the picture is inside, there is no script."""
     lines = list(_table(summarise(run)))
+    shown = "loss, learning rate, gradient norm and throughput"
+    if run.timeline:
+        lines.append(("recorded step", _recorded(run.timeline)))
+        shown = f"loss, one step's timeline, {shown.partition(', ')[2]}"
     if comparison:
         lines.append(("comparison", str(comparison)))
     rows = "\n".join(
@@ -68,6 +74,7 @@ def render_page(run: RunRecord, picture: bytes, comparison: Comparison | None = 
     return PAGE.format(
         name=html.escape(run.name),
         subtitle=html.escape(subtitle(run)),
+        shown=shown,
         rows=rows,
         picture=base64.b64encode(picture).decode(),
     )
@@ -95,6 +102,14 @@ def _table(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ("parameters", figures["parameters"], "{:,}".format),
     ]
     return ((title, form(value)) for title, value, form in lines if value is not None)
+
+
+def _recorded(timeline: Timeline) -> str:
+    ranks = f"{len(timeline.ranks)} rank" + "s" * (len(timeline.ranks) > 1)
+    return (
+        f"step {timeline.step}, {1e3 * timeline.seconds:,.0f} ms on {ranks}; "
+        f"profile/{timeline_name(timeline.step)} opens in Perfetto"
+    )
 
 
 def _nats(value: float) -> str:

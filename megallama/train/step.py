@@ -1,106 +1,57 @@
-"""One optimizer step: micro-batches forward and backward, the norm, the update.
+"""One optimizer step: a walk through the pipeline's list, the norm, the update.
 
-Each data rank has its own samples of the global batch. What the step reports, and whether it is
-applied, follows from one sum over all ranks, so every rank has the same answer.
+Each data rank has its own samples of the global batch, each pipeline rank its own chunks of the
+model. What the step reports, and whether it is applied, follows from one sum over all ranks.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megallama.autograd.passes import WgradQueue, drive
-from megallama.autograd.stash import Stash
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch
 from megallama.dist.group import Group
-from megallama.model.llama import Llama, MicroBatch
+from megallama.model.llama import Llama
 from megallama.optim.adamw import AdamW
-from megallama.optim.norm import clip_factor, squared_norms
+from megallama.optim.norm import clip_factor
+from megallama.parallel.pipeline import Pipeline
 from megallama.parallel.zero import Zero
 from megallama.spec.grid import Place
-from megallama.spec.labels import IGNORE
-from megallama.train.host import read_back
+from megallama.train.early import EarlyUpdate
+from megallama.train.passes import Samples, StepPasses, valid_tokens
+from megallama.train.tally import StepResult, Tally
 
 
 @dataclass(frozen=True)
-class LayerNorms:
-    """Of each decoder layer: the norm of its gradients, and the RMS of its input activations."""
+class Pipelines:
+    """This rank's pipelines: of a training step, and of an evaluation, by their micro-batches."""
 
-    gradient: list[float]
-    activation: list[float]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did. Losses are means over valid tokens, in nats; the norm is before clipping.
-
-    `applied` is False where the step was left out: no valid token, or a non-finite value, which
-    `fault` then names. `requests` says of each request that some rank made whether one did.
-    """
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    valid_tokens: int
-    source_losses: dict[int, float] = field(default_factory=dict)
-    layer_norms: LayerNorms | None = None
-    fault: str | None = None
-    requests: tuple[bool, ...] = ()
-
-    @property
-    def applied(self) -> bool:
-        return self.fault is None and self.valid_tokens > 0
-
-
-def micro_batches(model: Llama, batch: Batch, size: int) -> Iterator[MicroBatch]:
-    """A batch's samples as the passes take them, `size` at a time."""
-    device = model.state.device
-    count, length = batch.tokens_NS.shape
-    lengths = batch.document_lengths or [[length]] * count
-    for first in range(0, count, size):
-        rows = slice(first, first + size)
-        tokens, labels = (
-            torch.from_numpy(array[rows]).flatten().to(device)
-            for array in (batch.tokens_NS, batch.labels_NS)
-        )
-        yield MicroBatch(tokens, labels, model.positions(lengths[rows]))
-
-
-def sample_losses(loss_T: Tensor, samples: int) -> Tensor:
-    """Token losses (T,) summed over each sample: (B,) fp64."""
-    return loss_T.view(samples, -1).sum(1, dtype=torch.float64)
-
-
-def valid_tokens(batch: Batch) -> np.ndarray:
-    """The number of tokens of each sample that have a label."""
-    return np.asarray((batch.labels_NS != IGNORE).sum(1))
+    train: Callable[[int], Pipeline]
+    evaluate: Callable[[int], Pipeline]
 
 
 class TrainStep:
-    """A step over a rank's model and its optimizer."""
+    """A step over a rank's model and its optimizer. Of `groups`, world and data are used."""
 
     def __init__(
         self,
         model: Llama,
         zero: Zero,
         optimizer: AdamW,
-        world: Group,
+        groups: Mapping[str, Group],
         place: Place,
+        pipelines: Pipelines,
         config: Config,
     ) -> None:
         self.model, self.zero, self.optimizer = model, zero, optimizer
-        self.world, self.place = world, place
+        self.data, self.pipelines = groups["data"], pipelines
+        self.tally = Tally(model, groups["world"], place, config)
         self.micro_batch, self.grad_clip = config.train.micro_batch, config.optimizer.grad_clip
-        self.overlap = config.parallel.overlap != "none"
-        # Of what every tensor rank has alike, the first one's is counted.
-        self.counts = place.along("tensor") == 0
-        self.counts_activations = self.counts or config.parallel.sequence_parallel
+        self.early = EarlyUpdate(zero, optimizer) if config.parallel.early_step else None
 
     def run(
         self,
@@ -114,122 +65,63 @@ class TrainStep:
         The weights change unless the result says otherwise. `requests` is asked once, late in the
         step; its length is the same on every rank.
         """
+        samples = Samples(self.model, batch, self.micro_batch)
         self.model.state.zero_gradients()
-        losses, activations = [], []
-        samples, length = batch.tokens_NS.shape
-        last = (samples - 1) // self.micro_batch
-        for index, micro_batch in enumerate(micro_batches(self.model, batch, self.micro_batch)):
-            if index == last:
-                self.zero.expect_last_micro_batch()
-            stash, queue = Stash(), WgradQueue(self.overlap)
-            loss_T = drive(self.model.forward(micro_batch, stash))
-            losses.append(sample_losses(loss_T, len(loss_T) // length))
-            if layer_norms:
-                activations.append(self._activation_squares(stash))
-            drive(self.model.backward(micro_batch, stash, queue), queue)
-        self.zero.finish_gradients()
-        result = self._result(batch, torch.cat(losses), activations, requests())
-        if result.applied:
-            self._apply(result, lr)
-        return result
+        self.zero.expect(len(samples))
+        end = _End(self, batch, lr, requests)
+        passes = StepPasses(self.model, samples, end, layer_norms)
+        self.pipelines.train(len(samples)).run(passes)
+        return end.result
 
-    def _apply(self, result: StepResult, lr: float) -> None:
-        factor = clip_factor(result.grad_norm, self.grad_clip) / result.valid_tokens
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The summed loss of each sample, evaluated one at a time: (n,) fp64.
+
+        Zeros on ranks that have not the head.
+        """
+        samples = Samples(self.model, batch, 1)
+        passes = StepPasses(self.model, samples)
+        self.pipelines.evaluate(len(samples)).run(passes)
+        return passes.sample_losses()
+
+    def divisor(self, factor: float, valid: float) -> Tensor:
+        """What gradients, sums over tokens, are divided by: a scalar in the masters' dtype."""
         state = self.model.state
-        divisor = torch.full((), 1 / factor, dtype=state.wide, device=state.device)
-        with self.zero.changing_masters():
-            self.optimizer.step(lr, divisor)
-
-    def _result(
-        self,
-        batch: Batch,
-        losses: Tensor,
-        activations: Sequence[Tensor],
-        requests: Sequence[bool],
-    ) -> StepResult:
-        """What all ranks together did: one collective, one transfer to the host."""
-        counts = torch.from_numpy(valid_tokens(batch))
-        sums, valids, sources, squares, activation, asked = read_back(
-            *(
-                self._in_global_batch(x)
-                for x in (losses, counts, torch.from_numpy(batch.sources_N))
-            ),
-            self._gradient_squares(),
-            torch.stack(list(activations)).sum(0) if activations else losses[:0],
-            torch.tensor(list(map(float, requests)), device=losses.device),
-            over=self.world,
-        )
-        valid = int(sum(valids))
-        tokens = len(sums) * batch.tokens_NS.shape[1]
-        scale = valid or math.nan  # without a label there is no mean
-        loss, grad_norm = sum(sums) / scale, math.sqrt(sum(squares)) / scale
-        norms = None
-        if activation:
-            gradient = [math.sqrt(s) / scale for s in self._by_layer(squares)]
-            elements = tokens * self.model.config.d_model
-            norms = LayerNorms(gradient, [math.sqrt(s / elements) for s in activation])
-        return StepResult(
-            loss,
-            grad_norm,
-            tokens,
-            valid,
-            _by_source(sources, sums, valids),
-            norms,
-            self._fault(loss, squares) if valid else None,
-            tuple(n > 0 for n in asked),
-        )
-
-    def _in_global_batch(self, x_n: Tensor) -> Tensor:
-        """This data rank's samples in their places, zeros elsewhere: (n,) → (N,) fp64."""
-        state, n = self.model.state, len(x_n)
-        x_N = torch.zeros(n * self.place.grid.data, dtype=torch.float64, device=state.device)
-        if self.counts:
-            first = n * self.place.along("data")
-            x_N[first : first + n] = x_n.to(state.device, torch.float64)
-        return x_N
-
-    def _gradient_squares(self) -> Tensor:
-        """Σ g² over this rank's own elements of each parameter, (parameters,) fp64."""
-        state = self.model.state
-        squares = torch.zeros(len(state.table), dtype=torch.float64, device=state.device)
-        for index, shard in enumerate(state.table):
-            own = [p.rows for p in shard.own_pieces if p.owned]
-            if own:
-                gradient = state.own_gradients[shard.name]
-                squares[index] = squared_norms([gradient[rows] for rows in own]).sum()
-        return squares
-
-    def _fault(self, loss: float, squares: Sequence[float]) -> str | None:
-        """Name what is not finite, or None."""
-        if not math.isfinite(loss):
-            return f"loss is {loss}"
-        table = self.model.state.table
-        for shard, square in zip(table, squares, strict=True):
-            if not math.isfinite(square):
-                return f"the gradient of {shard.name} is not finite"
-        return None
-
-    def _by_layer(self, squares: Sequence[float]) -> list[float]:
-        sums = [0.0] * len(self.model.layers)
-        for shard, square in zip(self.model.state.table, squares, strict=True):
-            if shard.parameter.layer is not None:
-                sums[shard.parameter.layer] += square
-        return sums
-
-    def _activation_squares(self, stash: Stash) -> Tensor:
-        """The sum of squares of this rank's tokens in each layer's input, (L,) fp64."""
-        inputs = [stash.peek(layer)["x"] for layer in range(len(self.model.layers))]
-        squares = torch.stack([x.double().square().sum() for x in inputs])
-        return squares if self.counts_activations else squares.zero_()
+        return torch.full((), 1 / (factor / valid), dtype=state.wide, device=state.device)
 
 
-def _by_source(
-    sources: Sequence[float], losses: Sequence[float], counts: Sequence[float]
-) -> dict[int, float]:
-    """The mean loss of each source that has a valid token in the batch."""
-    means = {}
-    for source in sorted(set(sources)):
-        mine = [i for i, s in enumerate(sources) if s == source]
-        if valid := sum(counts[i] for i in mine):
-            means[int(source)] = sum(losses[i] for i in mine) / valid
-    return means
+class _End:
+    """The end of one step: reductions, the sum over all ranks, the update."""
+
+    def __init__(
+        self, step: TrainStep, batch: Batch, lr: float, requests: Callable[[], Sequence[bool]]
+    ) -> None:
+        self.owner, self.batch, self.lr, self.requests = step, batch, lr, requests
+        self.result: StepResult
+        if step.early:  # of all data ranks, long before it is needed
+            counts = torch.from_numpy(valid_tokens(batch)).sum(dtype=torch.float64)
+            self.valid = step.data.all_reduce(counts.reshape(1).to(step.model.state.device))
+
+    def reduce(self, chunk: int) -> None:
+        self.owner.zero.reduce(chunk)
+
+    def step(self, passes: StepPasses) -> None:
+        owner = self.owner
+        owner.zero.finish_gradients()
+        reading = owner.tally.begin(self.batch, passes, self.requests())
+        early = owner.early is not None and self._update_early(owner.early)
+        result = owner.tally.finish(reading, self.batch.tokens_NS.shape[1])
+        factor = clip_factor(result.grad_norm, owner.grad_clip)
+        if early and owner.early is not None and not (result.applied and factor == 1):
+            owner.early.take_back()
+            early = False
+        if result.applied and not early:
+            with owner.zero.changing_masters():
+                owner.optimizer.step(self.lr, owner.divisor(factor, result.valid_tokens))
+        self.result = result
+
+    def _update_early(self, early: EarlyUpdate) -> bool:
+        """Update as if nothing were clipped; False where no token has a label."""
+        valid = float(self.valid.wait())
+        if valid:
+            early.apply(self.lr, self.owner.divisor(1.0, valid))
+        return bool(valid)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megallama.autograd.passes import drive
 from megallama.data.dataset import Dataset
 from megallama.train.build import Trainer
 from megallama.train.host import read_back
-from megallama.train.step import micro_batches, sample_losses, valid_tokens
+from megallama.train.passes import valid_tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def validate(trainer: Trainer, dataset: Dataset) -> ValidationResult:
 
 def _samples(trainer: Trainer, dataset: Dataset, source: int) -> tuple[Tensor, Tensor]:
     """Loss and valid tokens of this data rank's samples in their places, zeros elsewhere."""
-    place, model = trainer.place, trainer.model
+    place = trainer.place
     count, ranks = dataset.order.validation_sequences, place.grid.data
     first = count * place.along("data") // ranks
     last = count * (place.along("data") + 1) // ranks
@@ -46,11 +45,10 @@ def _samples(trainer: Trainer, dataset: Dataset, source: int) -> tuple[Tensor, T
     if first == last:
         return losses, valid
     batch = dataset.validation_batch(source, first, last - first)
-    for index, sample in enumerate(micro_batches(model, batch, size=1), first):
-        losses[index : index + 1] = sample_losses(drive(model.forward(sample, None)), samples=1)
-    valid[first:last] = torch.from_numpy(valid_tokens(batch))
-    if place.along("tensor"):  # every tensor rank has them alike: the first one's count
-        return torch.zeros_like(losses), torch.zeros_like(valid)
+    mine = trainer.step.evaluate(batch)
+    if trainer.step.tally.counts_samples:  # every tensor rank has them alike: the first one's count
+        losses[first:last] = mine
+        valid[first:last] = torch.from_numpy(valid_tokens(batch))
     return losses, valid
 
 

@@ -22,7 +22,7 @@ from megallama.spec.traffic import (
 )
 from megallama.train.build import Trainer, build_trainer
 from megallama.train.process import Process
-from megallama.train.step import micro_batches
+from megallama.train.passes import Samples
 from tests.layouts.case import LR, POLICIES, Case
 from tests.layouts.pool import ADDRESS, Pool, Seat, Task
 from tests.layouts.problem import batch, problem_of, share_of
@@ -106,12 +106,12 @@ def passes(seat: Seat, case: Case) -> list[Counts]:
     trainer = build(seat, case)
     try:
         share = share_of(batch(problem_of(case), 0), trainer.place.along("data"), case.data)
-        (micro_batch,) = micro_batches(trainer.model, share, case.micro_batch)
+        micro_batch = Samples(trainer.model, share, case.micro_batch).micro_batch(0)
         stash, queue, found = Stash(), WgradQueue(), []
         take(trainer)
-        drive(trainer.model.forward(micro_batch, stash))
+        drive(trainer.model.chunks[0].forward(micro_batch, None, stash))
         found.append(take(trainer))
-        drive(trainer.model.backward(micro_batch, stash, queue), queue)
+        drive(trainer.model.chunks[0].backward(micro_batch, None, stash, queue), queue)
         return [*found, take(trainer)]
     finally:
         trainer.groups.close()

@@ -1,6 +1,6 @@
 """What a pipeline schedule is made of.
 
-The model is cut into chunks, numbered from the embedding to the head; each pipeline rank has one, or
+The model is cut into chunks, numbered from the embedding to the head; each pipeline rank has one or
 several (virtual stages). A schedule gives every rank its list of actions. The interpreter runs the
 list as it stands, the simulator times it, the command line draws it, the tests check it.
 """

@@ -7,6 +7,7 @@ import torch
 
 from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
+from megallama.model.chunk import HEAD
 from megallama.spec.saved import POLICIES, saved_bytes
 from tests.harness import build_model, flat, forward_backward, micro_batch, model_config, parts
 from tests.reference import Batch, Shape, random_batch, random_weights
@@ -49,11 +50,11 @@ def test_each_layer_s_set_is_let_go_when_its_backward_begins(policy):
     held, stash = [], Stash()
     take = stash.take
     stash.take = lambda key: (held.append((key, len(stash))), take(key))[1]
-    drive(model.forward(ours, stash))
+    drive(model.chunks[0].forward(ours, None, stash))
     assert len(stash) == 4
     queue = WgradQueue()
-    drive(model.backward(ours, stash, queue), queue)
-    assert held == [("head", 4), (2, 3), (1, 2), (0, 1)]
+    drive(model.chunks[0].backward(ours, None, stash, queue), queue)
+    assert held == [(HEAD, 4), (2, 3), (1, 2), (0, 1)]
     assert len(stash) == 0
 
 
@@ -62,10 +63,10 @@ def test_evaluation_keeps_nothing_and_gives_the_same_losses(dtype, batch):
     shape = Shape()
     model = build_model(shape, random_weights(shape), dtype)
     ours, stash = micro_batch(model, *batch), Stash()
-    trained = drive(model.forward(ours, stash))
+    trained = drive(model.chunks[0].forward(ours, None, stash))
     assert len(stash) == shape.layers + 1
     gradients = flat(model.state.gradients)
-    evaluated = drive(model.forward(ours, None))
+    evaluated = drive(model.chunks[0].forward(ours, None, None))
     assert torch.equal(evaluated, trained)
     assert torch.equal(flat(model.state.gradients), gradients), "evaluation touched a gradient"
     assert len(stash) == shape.layers + 1
@@ -79,10 +80,10 @@ def test_two_micro_batches_may_be_in_flight_in_two_stashes():
     expected = forward_backward(model, first, second)
     model.state.zero_gradients()
     flight = [(micro_batch(model, *b), Stash()) for b in (first, second)]
-    losses = [drive(model.forward(*pair)) for pair in flight]
+    losses = [drive(model.chunks[0].forward(pair[0], None, pair[1])) for pair in flight]
     for pair in flight:
         queue = WgradQueue()
-        drive(model.backward(*pair, queue), queue)
+        drive(model.chunks[0].backward(pair[0], None, pair[1], queue), queue)
     assert torch.equal(torch.stack([loss.sum() for loss in losses]).sum(), expected.loss)
     for name, grad in parts(model.state, model.state.gradients).items():
         assert torch.equal(grad, expected.grads[name]), name

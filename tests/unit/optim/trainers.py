@@ -11,10 +11,12 @@ from torch import Tensor
 from megallama.config.load import parse_config
 from megallama.config.schema import Optimizer
 from megallama.data.dataset import Batch
+from megallama.dist.connect import connect
 from megallama.dist.group import SingleGroup
 from megallama.optim.adamw import AdamW
 from megallama.parallel.zero import Zero, ZeroGroups
 from megallama.spec.grid import ALONE
+from megallama.train.build import build_pipelines
 from megallama.train.step import TrainStep
 from tests import reference
 from tests.harness import build_model, model_config
@@ -36,6 +38,7 @@ def build_step(
     dtype: torch.dtype = torch.float64,
 ) -> TrainStep:
     model, group = build_model(shape, weights, dtype), SingleGroup()
+    groups = connect(None, 0, ALONE.groups(kv_heads=1), model.state.device)
     state, config = model.state, config or optimizer_config()
     zero = Zero(state, ZeroGroups(group, group, group))
     parameters = [shard.parameter for shard in state.table]
@@ -45,7 +48,8 @@ def build_step(
     sections = {"model": model_config(shape), "optimizer": config}
     dumped = {name: section.model_dump(mode="json") for name, section in sections.items()}
     whole = parse_config({"train": train, **dumped})
-    return TrainStep(model, zero, optimizer, group, ALONE, whole)
+    pipelines = build_pipelines(whole, ALONE, groups)
+    return TrainStep(model, zero, optimizer, groups.by_name, ALONE, pipelines, whole)
 
 
 def step_batch(batch: reference.Batch) -> Batch:

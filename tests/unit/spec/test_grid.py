@@ -126,6 +126,10 @@ def config(**parallel: Any) -> Config:
         ({"tensor": 2}, 2, Grid(tensor=2)),
         ({"tensor": 4}, 12, Grid(tensor=4, data=3)),
         ({"tensor": 2, "data": 6}, 12, Grid(tensor=2, data=6)),
+        ({"pipeline": 2}, 2, Grid(pipeline=2)),
+        ({"pipeline": 2}, 6, Grid(data=3, pipeline=2)),
+        ({"tensor": 2, "pipeline": 2}, 8, Grid(tensor=2, data=2, pipeline=2)),
+        ({"tensor": 2, "pipeline": 2, "data": 3}, 12, Grid(tensor=2, data=3, pipeline=2)),
     ],
 )
 def test_data_ranks_follow_from_the_processes(parallel, processes, expected):
@@ -155,8 +159,20 @@ def test_data_ranks_follow_from_the_processes(parallel, processes, expected):
         ),
         (
             {"pipeline": 2},
-            2,
-            "parallel.pipeline=2: this version runs no pipeline; set it to 1",
+            3,
+            "parallel.tensor=1 x parallel.pipeline=2: 3 processes do not make this grid; "
+            "start 2 (--nproc 2 on one machine), or change the grid",
+        ),
+        (
+            {"tensor": 2, "pipeline": 2, "data": 3},
+            8,
+            "parallel.tensor=2 x parallel.pipeline=2 x parallel.data=3: 8 processes do not make "
+            "this grid; start 12 (--nproc 12 on one machine), or change the grid",
+        ),
+        (
+            {"pipeline": 2},
+            8,
+            "train.global_batch=12: is not a multiple of train.micro_batch=2 x 4 data ranks; 16 is",
         ),
         (
             {"tensor": 2},
@@ -175,14 +191,18 @@ def test_what_makes_no_grid(parallel, processes, line):
 
 @given(
     tensor=st.sampled_from([1, 2, 4, 8]),
+    pipeline=st.sampled_from([1, 2]),
     data=st.none() | st.integers(1, 6),
     processes=st.integers(1, 24),
 )
 @settings(deadline=None)
-def test_a_grid_has_as_many_ranks_as_there_are_processes_or_is_refused(tensor, data, processes):
-    ranks = data or max(1, processes // tensor)
-    if tensor * ranks != processes or 12 % (2 * ranks):
+def test_a_grid_has_as_many_ranks_as_there_are_processes_or_is_refused(
+    tensor, pipeline, data, processes
+):
+    asked = config(tensor=tensor, pipeline=pipeline, data=data)
+    ranks = data or max(1, processes // (tensor * pipeline))
+    if tensor * pipeline * ranks != processes or 12 % (2 * ranks):
         with pytest.raises(ConfigError, match=r"^[^\n]*; [^\n]*$"):
-            make_grid(config(tensor=tensor, data=data), processes)
+            make_grid(asked, processes)
         return
-    assert make_grid(config(tensor=tensor, data=data), processes) == Grid(tensor, ranks)
+    assert make_grid(asked, processes) == Grid(tensor, ranks, pipeline)

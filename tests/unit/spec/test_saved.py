@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from megallama.config.schema import Model, Train
-from megallama.spec.saved import POLICIES, saved_bytes
+from megallama.spec.saved import POLICIES, WEIGHT_STATE, saved_bytes, weight_state_bytes
 
 BF16, FP32, FP64 = 2, 4, 8
 D, H, F = 8192, 64, 22016
@@ -92,3 +92,26 @@ def test_more_ranks_than_key_value_heads_replicate_them():
         in_units_of_d = 2 + (2 + 4 * held / 64) + 2 + 2 + 4 * 28672 / D
         expected = tokens * (in_units_of_d * D + 4 * H) / tensor
         assert saved_bytes(model, "linear_outputs", BF16, 64, tensor) == 2 * expected
+
+
+def test_what_waits_for_w_at_65b_on_eight_ranks():
+    """Of 8,192 tokens a rank has 1,024 of the residual stream's and, of each, 2,752 columns of the
+    feed-forward and 8 heads of 128: four tensors of (1024, 8192), the activation and twice that of
+    gradients, attention's output and three times that of gradients."""
+    stream, act, heads = 1024 * 8192, 8192 * 2752, 8192 * 8 * 128
+    expected = 2 * (4 * stream + act + 2 * act + heads + 3 * heads)
+    assert weight_state_bytes(M65, BF16, 8192, 8) == expected == 270_532_608
+    # Of each token in units of D, all divided by the ranks: 4·2 + 3·2·F/D + 4·2.
+    assert expected == 8192 // 8 * (16 * D + 6 * F)
+
+
+def test_the_parts_of_the_weight_state():
+    assert {"dz", "act", "dgate_up", "n2", "dx2", "o", "dqkv", "n1"} == WEIGHT_STATE
+
+
+def test_the_weight_state_without_sequence_parallelism_and_with_shared_heads():
+    """Four whole residual streams; 64 ranks with one query head and one of 8 key/value heads."""
+    model = Model(preset="llama2-70b")
+    act, width = 28672 // 64, 128
+    found = weight_state_bytes(model, FP32, 64, 64, sequence_parallel=False)
+    assert found == 4 * 64 * (4 * D + 3 * act + width + 3 * width)

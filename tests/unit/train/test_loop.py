@@ -22,7 +22,7 @@ from megallama.train import loop
 from megallama.train.build import build_dataset, build_trainer
 from megallama.train.job import train
 from megallama.train.metrics import MetricsWriter, Row, read_metrics
-from megallama.train.step import TrainStep
+from megallama.train.tally import Tally
 from megallama.train.trackers import Tracker
 from tests.conftest import MakeConfig, losses
 from tests.harness import flat
@@ -371,7 +371,7 @@ def test_a_stretch_that_is_not_finite_pushes_no_checkpoint_out(
     assert train(config) == 0
     folder = config.run.directory / "checkpoints"
     good = (folder / "step-00000006" / "rank-00000.safetensors").read_bytes()
-    monkeypatch.setattr(TrainStep, "_fault", lambda *_: "loss is nan")
+    monkeypatch.setattr(Tally, "_fault", lambda *_: "loss is nan")
     for steps, reason, names in (
         (40, "step 16: 10 steps in a row were not finite", ["step-00000006"]),
         (8, "the last of the run", ["step-00000006", "step-00000008"]),
@@ -391,21 +391,21 @@ def test_a_stop_after_a_step_that_was_not_finite_loses_nothing(
     """Exit 75 says that the work is saved, without a periodic checkpoint too."""
 
     def fails_at_step_3() -> None:
-        fault, count = TrainStep._fault, []
+        fault, count = Tally._fault, []
 
-        def failing(step: TrainStep, *values: Any) -> str | None:
+        def failing(tally: Tally, *values: Any) -> str | None:
             count.append(1)
-            return "loss is nan" if len(count) == 3 else fault(step, *values)
+            return "loss is nan" if len(count) == 3 else fault(tally, *values)
 
-        monkeypatch.setattr(TrainStep, "_fault", failing)
+        monkeypatch.setattr(Tally, "_fault", failing)
 
     once = {"checkpoint.every": 0}
-    real = TrainStep._fault
+    real = Tally._fault
     straight = make_config({**once, "run.name": "straight"})
     fails_at_step_3()
     assert train(straight) == 0
     config = make_config(once)
-    monkeypatch.setattr(TrainStep, "_fault", real)
+    monkeypatch.setattr(Tally, "_fault", real)
     fails_at_step_3()
     signal_at(3)
     assert train(config) == 75

@@ -13,7 +13,7 @@ from megallama.autograd.passes import drive
 from megallama.data.dataset import Batch
 from megallama.spec.labels import IGNORE
 from megallama.train.build import Trainer, build_dataset, build_trainer
-from megallama.train.step import micro_batches
+from megallama.train.passes import Samples
 from tests.conftest import MakeConfig
 from tests.harness import flat, parts
 from tests.reference import plain
@@ -126,9 +126,10 @@ def test_a_source_without_a_label_has_no_loss(make_config: MakeConfig) -> None:
 def test_micro_batches_are_the_batch_in_order(make_config: MakeConfig) -> None:
     batch, trainer = batch_and_trainer(make_config, {"data.mask_documents": True})
     for size in (1, 2, 4):
-        pieces = list(micro_batches(trainer.model, batch, size))
-        assert len(pieces) == 4 // size
+        samples = Samples(trainer.model, batch, size)
+        assert len(samples) == 4 // size
+        pieces = [samples.micro_batch(index) for index in range(len(samples))]
         assert torch.cat([p.tokens_T for p in pieces]).tolist() == batch.tokens_NS.ravel().tolist()
         assert torch.cat([p.labels_T for p in pieces]).tolist() == batch.labels_NS.ravel().tolist()
-        losses = torch.cat([drive(trainer.model.forward(p, None)) for p in pieces])
+        losses = torch.cat([drive(trainer.model.chunks[0].forward(p, None, None)) for p in pieces])
         assert losses.sum().item() == pytest.approx(reference(trainer, batch).loss.item())

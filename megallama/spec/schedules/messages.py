@@ -1,0 +1,123 @@
+"""From the order of a rank's passes to its whole list: what is sent, received and reduced when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from megallama.spec.schedules.actions import (
+    Action,
+    Compute,
+    Fused,
+    Message,
+    Receive,
+    Reduce,
+    Send,
+    Step,
+    passes,
+)
+
+#: What a rank computes at one time.
+Pass = Compute | Fused
+
+
+def halves(action: Pass) -> tuple[Compute, ...]:
+    """The passes of an action: both of a fused one."""
+    return (action.forward, action.backward) if isinstance(action, Fused) else (action,)
+
+
+def taken_by(one: Compute, owners: Sequence[int]) -> Message | None:
+    """What a pass needs from another rank: None where its maker is on the same rank, or is none.
+
+    The first chunk takes no activations, the last chunk's backward no gradient, a W nothing.
+    """
+    if one.kind == "W":
+        return None
+    maker = one.chunk - 1 if one.kind == "F" else one.chunk + 1
+    if not 0 <= maker < len(owners) or owners[maker] == owners[one.chunk]:
+        return None
+    return Message(_what(one), one.chunk, one.micro_batch, owners[maker])
+
+
+def made_by(one: Compute, owners: Sequence[int]) -> Send | None:
+    """What goes out after a pass: None where the chunk that takes it is on the same rank."""
+    if one.kind == "W":
+        return None
+    taker = one.chunk + 1 if one.kind == "F" else one.chunk - 1
+    if not 0 <= taker < len(owners) or owners[taker] == owners[one.chunk]:
+        return None
+    return Send(_what(one), taker, one.micro_batch, owners[taker])
+
+
+def _what(one: Compute) -> Literal["activations", "gradient"]:
+    return "activations" if one.kind == "F" else "gradient"
+
+
+def whole_lists(
+    ranks: Sequence[Sequence[Pass]], owners: Sequence[int], training: bool = True
+) -> tuple[tuple[Action, ...], ...]:
+    """Adds to each rank's passes its Send, Receive and, in `training`, Reduce and Step actions.
+
+    A Send comes directly after the pass that makes it, a Reduce after the chunk's last W or BW. A
+    Receive is posted one pass before the pass that needs it, so that the transfer runs under that
+    one, or earlier where the pair's order asks for it.
+    """
+    sends = [
+        [made for action in actions for one in halves(action) if (made := made_by(one, owners))]
+        for actions in ranks
+    ]
+    lists = []
+    for rank, actions in enumerate(ranks):
+        posted = _receives(rank, actions, owners, sends)
+        last = _last_of_chunks(actions) if training else {}
+        found: list[Action] = []
+        for index, action in enumerate(actions):
+            found += posted.get(index, ())
+            found.append(action)
+            found += [made for one in halves(action) if (made := made_by(one, owners))]
+            found += [Reduce(chunk) for chunk in last.get(index, ())]
+        lists.append((*found, Step()) if training else tuple(found))
+    return tuple(lists)
+
+
+def _receives(
+    rank: int, actions: Sequence[Pass], owners: Sequence[int], sends: Sequence[Sequence[Send]]
+) -> dict[int, list[Receive]]:
+    """Index of a pass → the receives posted before it begins.
+
+    Messages of a pair of ranks arrive in the order of their sends, so a receive that is needed
+    late is posted early where the peer sends it before one that is needed sooner.
+    """
+    needed_at = {
+        (taken.peer, taken.label): index
+        for index, action in enumerate(actions)
+        for one in halves(action)
+        if (taken := taken_by(one, owners))
+    }
+    posted: dict[int, list[Receive]] = {}
+    for source in sorted({source for source, _ in needed_at}):
+        index = len(actions)
+        for send in reversed([send for send in sends[source] if send.peer == rank]):
+            index = max(0, min(index, needed_at[source, send.label] - 1))
+            receive = Receive(send.what, send.chunk, send.micro_batch, source)
+            posted.setdefault(index, []).insert(0, receive)
+    return posted
+
+
+def _last_of_chunks(actions: Sequence[Pass]) -> dict[int, list[int]]:
+    """Index of a pass → the chunks whose gradients are whole after it."""
+    last = {
+        one.chunk: index
+        for index, action in enumerate(actions)
+        for one in halves(action)
+        if one.kind in ("W", "BW")
+    }
+    found: dict[int, list[int]] = {}
+    for chunk in sorted(last):
+        found.setdefault(last[chunk], []).append(chunk)
+    return found
+
+
+def only_forward(actions: Sequence[Action]) -> list[Compute]:
+    """The F passes of a list, in its order."""
+    return [one for one in passes(actions) if one.kind == "F"]

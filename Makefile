@@ -1,24 +1,32 @@
-# make demo      train a small LLaMA on this machine, from text to a report
+# make demo      train a small LLaMA on this machine, in eight processes, from text to a report
 # make test      lint and test
 # make install   .venv with the `megallama` command
 # make test-layouts, make fuzz N=200   every layout against the reference; random combinations
+# make test-schedules   every pipeline schedule for p = 1..16, m = 1..64, v = 1..4
 # make bench-cpu compare a training step with Hugging Face's, in one run
 # make bench-network   how much communication is hidden, between two network namespaces (root)
 
 # The paths of configs/cpu-tiny.yaml.
 override RUN := runs/demo
+override ONE := runs/demo-one-process
 DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
-.PHONY: demo train-demo install lint test test-layouts fuzz bench-cpu bench-network clean
+.PHONY: demo train-demo install lint test test-layouts test-schedules fuzz bench-cpu bench-network clean
 .DELETE_ON_ERROR:
 
-demo: train-demo
-	$(MEGALLAMA) report $(RUN)
+demo: train-demo $(ONE)/compared
+	$(MEGALLAMA) report $(RUN) --against $(ONE)
 	$(MEGALLAMA) generate $(RUN) --prompt "def " --tokens 80
 
 train-demo: $(DATA)/corpus.idx
-	$(MEGALLAMA) train configs/cpu-tiny.yaml
+	$(MEGALLAMA) train configs/cpu-tiny.yaml --nproc 8 parallel.tensor=2 parallel.pipeline=2
+
+# The same run in one process, for half a minute: 75 says that it was stopped by its time box.
+$(ONE)/compared: | train-demo
+	$(MEGALLAMA) train configs/cpu-tiny.yaml run.name=$(notdir $(ONE)) train.max_minutes=0.5 \
+		|| test $$? = 75
+	touch $@
 
 # Each of these is written under a temporary name and renamed when whole, so a file that is there
 # is finished.
@@ -57,6 +65,9 @@ SEED := 0
 
 test-layouts: .venv/installed-test
 	.venv/bin/python -m tests.layouts --all
+
+test-schedules: .venv/installed-test
+	.venv/bin/python -m tests.schedules
 
 fuzz: .venv/installed-test
 	.venv/bin/python -m tests.layouts --fuzz $(N) --seed $(SEED)

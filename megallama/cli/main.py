@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "time training steps of a config",
     "generate": "continue a prompt with a checkpoint",
     "report": "draw a run's curves: one picture and one page",
+    "schedule": "draw a pipeline schedule",
     "tokenizer": "train a tokenizer",
     "data": "build and inspect token files",
     "doctor": "say what this machine can do",

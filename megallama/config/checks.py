@@ -13,7 +13,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from megallama.config.faults import Fault, at, shorten
+from megallama.config.faults import Fault, at
 from megallama.config.schema import (
     TWO_CHUNKS,
     Phase,
@@ -156,9 +156,7 @@ def _stage_layers(
     chunks = pipeline * chunks_per_rank(schedule, virtual_stages)
     if isinstance(stage_layers, str) or chunks > layers:
         return
-    size, larger = divmod(layers, chunks)
-    fits = [size + 1] * larger + [size] * (chunks - larger)
-    remedy = f"give {shorten(str(fits))}, say, or cost"
+    remedy = f"give {chunks} that sum to {layers}, or use cost or even"
     subject = at("parallel.stage_layers", list(stage_layers))
     if len(stage_layers) != chunks:
         wrong = f"has {len(stage_layers)} {'entry' if len(stage_layers) == 1 else 'entries'}"

@@ -6,7 +6,7 @@ Only the members of a group meet, in keys of the store that have the group's nam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -35,7 +35,7 @@ class Groups:
 
     by_name: dict[str, Group]
     traffic: Traffic
-    recorder: Recorder
+    recorder: Recorder = field(default_factory=Recorder)
 
     def __getitem__(self, name: str) -> Group:
         return self.by_name[name]

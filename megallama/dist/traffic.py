@@ -19,8 +19,8 @@ class Traffic:
 
     Bytes, for n ranks: all_gather (n-1) · the shard's; reduce_scatter (n-1)/n · the input's;
     all_reduce 2·(n-1)·ceil(elements/n)·itemsize; all_gather_rows and reduce_scatter_rows
-    (n-1)/n · the tensors'; send the tensor's; receive 0. Reductions count the itemsize that
-    travels. Groups of one rank are not counted.
+    (n-1)/n · the tensors'; send the tensor's, whatever its label; receive 0. Reductions count the
+    itemsize that travels. Groups of one rank are not counted.
 
     An all-reduce counts as its two steps on every backend and at every size. On gloo one of at most
     1 KiB takes a single step, in which a rank sends (n-1) times the tensor.

@@ -5,7 +5,7 @@ every rank that waits. Who is waited for and says nothing is missing. The first 
 the others out and writes the verdict, so that all ranks end with the same one.
 
 The store is asked nothing in waits shorter than `LOOK`. Each question to it has a thread and a time
-limit, for a store may be lost with the rank; then each rank names the peer for which it waited.
+limit, for a store may be lost with its host; then each rank names the peer for which it waited.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megallama.errors import LostError
 T = TypeVar("T")
 
 #: Seconds of waiting after which a rank looks whether another one gave up, and then how often.
-LOOK = 0.5
-#: Seconds that the ranks have to say for whom they wait: two looks.
+LOOK = 0.25
+#: Seconds that the ranks have to say for whom they wait: four looks.
 GRACE = 1.0
 #: Seconds that the store has to answer.
 ANSWER = 1.0
@@ -75,6 +75,7 @@ class Watch:
     def __init__(self, store: Store | None, rank: int, timeout: timedelta) -> None:
         self.rank, self.timeout = rank, timeout.total_seconds()
         self._store = None if store is None else PrefixStore("watch", store)
+        self._asking = threading.Thread()
         self._links: list[Link] = []
         self._found: list[Wait] | None = None
 
@@ -113,9 +114,9 @@ class Watch:
         return LostError(text, peer=first.peer, owed=first.owed)
 
     def _ask(self, question: Callable[[Store], T], seconds: float) -> T | None:
-        """The store's answer; None where there is none in time, and then it is asked no more."""
+        """The store's answer; None where it fails, takes longer, or still owes an earlier one."""
         store, answers = self._store, []
-        if store is None:
+        if store is None or self._asking.is_alive():
             return None
 
         def ask(store: Store = store) -> None:
@@ -123,11 +124,9 @@ class Watch:
                 answers.append(question(store))
 
         # The calls have no time limit of their own, and a stopped host refuses nothing.
-        thread = threading.Thread(target=ask, name="watch", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if not answers:
-            self._store = None
+        self._asking = threading.Thread(target=ask, name="watch", daemon=True)
+        self._asking.start()
+        self._asking.join(seconds)
         return answers[0] if answers else None
 
 

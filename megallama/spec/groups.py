@@ -8,7 +8,7 @@ from megallama.config.schema import Config
 from megallama.spec.grid import Grid, Place
 from megallama.spec.schedules.actions import Schedule
 from megallama.spec.schedules.build import make_schedule
-from megallama.spec.stages import has_tied_copy, is_lone, owners_of
+from megallama.spec.stages import has_tied_copy, owners_of
 
 #: The group of the embedding's rank and the head's, where they hold the same weight.
 TIED = "tied"
@@ -49,6 +49,4 @@ def run_schedule(config: Config, grid: Grid, micro_batches: int | None = None) -
     parallel, train = config.parallel, config.train
     if micro_batches is None:
         micro_batches = train.global_batch // (train.micro_batch * grid.data)
-    if is_lone(config, grid):
-        return make_schedule("1f1b", 1, micro_batches, 1)
     return make_schedule(parallel.schedule, grid.pipeline, micro_batches, parallel.chunks_per_rank)

@@ -92,26 +92,13 @@ def _chunks(counts: Sequence[int]) -> tuple[Chunk, ...]:
 
 
 def chunks_of(config: Config, grid: Grid) -> tuple[Chunk, ...]:
-    """A run's chunks on a grid.
-
-    One pipeline rank may run a config that names several (validation of any run in one process); it
-    has the model in one chunk then.
-    """
-    chunks = 1 if is_lone(config, grid) else grid.pipeline * config.parallel.chunks_per_rank
-    if chunks == 1:
-        return _chunks([config.model.layers])
+    """A run's chunks on a grid."""
+    chunks = grid.pipeline * config.parallel.chunks_per_rank
     return split_model(config.model, config.parallel, chunks, config.train.sequence_length)
-
-
-def is_lone(config: Config, grid: Grid) -> bool:
-    """Whether the grid has one pipeline rank where the config names several."""
-    return grid.pipeline == 1 < config.parallel.pipeline
 
 
 def owners_of(config: Config, grid: Grid) -> tuple[int, ...]:
     """The pipeline rank of each chunk; the first chunk's, with the embedding, is always 0."""
-    if is_lone(config, grid):
-        return (0,)
     parallel = config.parallel
     return chunk_owners(parallel.schedule, grid.pipeline, parallel.chunks_per_rank)
 

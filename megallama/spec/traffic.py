@@ -250,13 +250,12 @@ def step_traffic(
     *,
     requests: int = REQUESTS,
     layer_norms: bool = False,
-    applied: bool = True,
-    undone: bool = False,
+    updates: int = 1,
 ) -> Traffic:
     """What the rank at `place` sends in a step.
 
-    `device`: "cpu" or "cuda", which decides the chunks of the loss. `applied`: the weights changed.
-    `undone`: an early update was taken back, so the weights were gathered twice.
+    `device`: "cpu" or "cuda", which decides the chunks of the loss. `updates`: how often the
+    weights changed; 0 where the step was left out, 2 where an early update was taken back.
     """
     train, grid = config.train, place.grid
     parameters = len(parameter_table(config.model))
@@ -265,7 +264,7 @@ def step_traffic(
     total += step_sum(grid.size, train.global_batch, parameters, logged, requests)
     if config.parallel.early_step:  # the step's valid tokens, before anything else
         total += all_reduce("data", grid.data, 1, SUM_ITEMSIZE)
-    return total + (2 if undone else int(applied)) * initial_traffic(config, place)
+    return total + updates * initial_traffic(config, place)
 
 
 def pass_traffic(config: Config, place: Place, device: str) -> Traffic:

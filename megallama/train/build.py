@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from megallama.config.schema import Config
+from megallama.config.schema import Config, Parallel
 from megallama.data.dataset import Dataset
 from megallama.data.tokenizer import Tokenizer
 from megallama.dist.connect import Groups, connect
@@ -114,9 +114,7 @@ def build_model(
     zero = Zero(state, zero_groups, wire, names)
     with zero.changing_masters():
         initialize(state, config.run.seed)
-    # A lone model takes any number of tokens, whatever grid the config names.
-    token_chunks = parallel.forward_chunks if tensor.size > 1 else 1
-    tokens = TokenShards(tensor, parallel.sequence_parallel, token_chunks)
+    tokens = TokenShards(tensor, parallel.sequence_parallel, parallel.forward_chunks)
     return Llama(config.model, state, tokens, config.train.saved_activations, chunks), zero
 
 
@@ -151,6 +149,7 @@ def build_pipelines(config: Config, place: Place, groups: Groups) -> Pipelines:
 
 def build_lone_model(config: Config, device: torch.device) -> tuple[Llama, Zero]:
     """The whole model in this process, whatever layout the config names."""
+    config = config.model_copy(update={"parallel": Parallel()})
     members = grid.ALONE.groups(config.model.kv_heads)
     return build_model(config, device, grid.ALONE, connect(None, 0, members, device).by_name)
 

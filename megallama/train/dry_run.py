@@ -50,6 +50,7 @@ def _show_layout(config: Config, grid: Grid) -> None:
     if grid.pipeline > 1:
         print(f"schedule: {config.parallel.schedule}")
         for chunk, rank in zip(chunks_of(config, grid), owners_of(config, grid), strict=True):
-            layers = f"layers {chunk.layers[0]} to {chunk.layers[-1]}"
+            first, last = chunk.layers[0], chunk.layers[-1]
+            layers = f"layer {first}" if first == last else f"layers {first} to {last}"
             ends = (", embedding" if chunk.embedding else "") + (", head" if chunk.head else "")
             print(f"chunk {chunk.index}, on pp {rank}: {layers}{ends}")

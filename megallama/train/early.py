@@ -31,9 +31,8 @@ class EarlyUpdate:
             self.optimizer.step(lr, divisor)
 
     def take_back(self) -> None:
-        """Undo the update: gradients are undivided again, and the old weights on their way."""
-        with self.zero.changing_masters():
-            torch._foreach_copy_(self._tensors, self._kept)
+        """Undo the update, the gradients' division too. Only while masters may change."""
+        torch._foreach_copy_(self._tensors, self._kept)
         self.optimizer.updates -= 1
 
     def _changed(self) -> Iterable[Tensor]:

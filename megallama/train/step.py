@@ -22,6 +22,7 @@ from megallama.parallel.pipeline import Pipeline
 from megallama.parallel.zero import Zero
 from megallama.spec.grid import Place
 from megallama.train.early import EarlyUpdate
+from megallama.train.host import begin_reading
 from megallama.train.passes import Samples, StepPasses, valid_tokens
 from megallama.train.tally import StepResult, Tally
 
@@ -98,8 +99,8 @@ class _End:
         self.owner, self.batch, self.lr, self.requests = step, batch, lr, requests
         self.result: StepResult
         if step.early:  # of all data ranks, long before it is needed
-            counts = torch.from_numpy(valid_tokens(batch)).sum(dtype=torch.float64)
-            self.valid = step.data.all_reduce(counts.reshape(1).to(step.model.state.device))
+            counts = torch.from_numpy(valid_tokens(batch)).sum()[None]
+            self.valid = begin_reading(counts.to(step.model.state.device), over=step.data)
 
     def reduce(self, chunk: int) -> None:
         self.owner.zero.reduce(chunk)
@@ -108,20 +109,24 @@ class _End:
         owner = self.owner
         owner.zero.finish_gradients()
         reading = owner.tally.begin(self.batch, passes, self.requests())
-        early = owner.early is not None and self._update_early(owner.early)
-        result = owner.tally.finish(reading, self.batch.tokens_NS.shape[1])
+        early = self._update_early()
+        self.result = result = owner.tally.finish(reading, self.batch.tokens_NS.shape[1])
         factor = clip_factor(result.grad_norm, owner.grad_clip)
-        if early and owner.early is not None and not (result.applied and factor == 1):
-            owner.early.take_back()
-            early = False
-        if result.applied and not early:
-            with owner.zero.changing_masters():
+        kept = early is not None and result.applied and factor == 1
+        if kept or (early is None and not result.applied):
+            return
+        with owner.zero.changing_masters():
+            if early is not None:
+                early.take_back()
+            if result.applied:
                 owner.optimizer.step(self.lr, owner.divisor(factor, result.valid_tokens))
-        self.result = result
 
-    def _update_early(self, early: EarlyUpdate) -> bool:
-        """Update as if nothing were clipped; False where no token has a label."""
-        valid = float(self.valid.wait())
+    def _update_early(self) -> EarlyUpdate | None:
+        """Where asked for, update as if nothing were clipped; None where no update was made."""
+        early = self.owner.early
+        if early is None:
+            return None
+        ((valid,),) = self.valid.finish()
         if valid:
             early.apply(self.lr, self.owner.divisor(1.0, valid))
-        return bool(valid)
+        return early if valid else None

@@ -45,9 +45,9 @@ def test_the_calls_do_what_the_group_promises():
             assert summed[1][rank] == summed[2][rank] == 2
 
         if rank == 0:
-            group.send(total.t(), 1).wait()
+            group.send(total.t(), 1, "t").wait()
         else:
-            assert torch.equal(group.receive(torch.empty(2, 4), 0).wait(), total.t())
+            assert torch.equal(group.receive(torch.empty(2, 4), 0, "t").wait(), total.t())
         group.close()
 
     run_on(2, body)

@@ -44,10 +44,11 @@ def arguments() -> argparse.Namespace:
 def _case(text: str) -> Case:
     try:
         case = Case.parse(text)
+        faults = case.faults()
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if case.faults():
-        raise argparse.ArgumentTypeError(f"no such case: it breaks {', '.join(case.faults())}")
+    if faults:
+        raise argparse.ArgumentTypeError(f"no such case: it breaks {', '.join(faults)}")
     return case
 
 

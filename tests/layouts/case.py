@@ -7,6 +7,7 @@ from typing import Any
 
 from megallama.config.load import parse_config
 from megallama.config.schema import Config
+from megallama.spec.schedules.build import NAMES as SCHEDULES
 
 OVERLAPS = ("none", "backward", "full")
 POLICIES = ("linear_outputs", "all", "no_attention_output", "no_gate_up", "layer_input")
@@ -23,6 +24,14 @@ class Case:
 
     tensor: int = 1
     data: int = 1
+    pipeline: int = 1
+    schedule: str = "1f1b"
+    virtual: int = 1
+    """Chunks of layers on a pipeline rank, where the schedule leaves it open; zb-v has two."""
+    stage_layers: str = "cost"
+    """`parallel.stage_layers`; a list as "2,1"."""
+    early: bool = False
+    """`parallel.early_step`."""
     sequence_parallel: bool = True
     overlap: str = "backward"
     policy: str = "linear_outputs"
@@ -48,7 +57,12 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.data * self.pipeline
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of layers on all pipeline ranks together."""
+        return self.pipeline * (2 if self.schedule == "zb-v" else self.virtual)
 
     @property
     def samples(self) -> int:
@@ -66,13 +80,22 @@ class Case:
         """Samples of a step on each data-parallel rank."""
         return self.micro_batches * self.micro_batch
 
+    @property
+    def twin(self) -> Case | None:
+        """The same in one process, where that must give the same bits."""
+        if self.tensor * self.data > 1 or self.pipeline == 1:
+            return None
+        alone = Case()
+        how = ("pipeline", "schedule", "virtual", "stage_layers", "early", "late", "overlap")
+        return replace(self, **{name: getattr(alone, name) for name in how})
+
     def __str__(self) -> str:
         default = Case()
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
         return " ".join(
             f"{name}={value}"
             for name, value in shown.items()
-            if name in ("tensor", "data") or value != getattr(default, name)
+            if name in ("tensor", "data", "pipeline") or value != getattr(default, name)
         )
 
     @classmethod
@@ -95,6 +118,10 @@ class Case:
             "kv_heads divides heads": self.heads % self.kv_heads == 0,
             "tensor fits kv_heads": self.kv_heads % tensor == 0 or tensor % self.kv_heads == 0,
             "heads divides d_model, evenly": self.d_model % (2 * self.heads) == 0,
+            "schedule is known": self.schedule in SCHEDULES,
+            "virtual fits the schedule": self.virtual == 1 or "interleaved" in self.schedule,
+            "every chunk has a layer": self.layers >= self.chunks,
+            "stage_layers splits the layers": self._splits_layers(),
             "sequence has equal parts": self.sequence % self.sequence_unit == 0,
             "a rank without labels is one of several": self.labels != "empty_rank" or self.data > 1,
             "overlap is known": self.overlap in OVERLAPS,
@@ -105,11 +132,23 @@ class Case:
         }
         return [rule for rule, holds in rules.items() if not holds]
 
+    def _splits_layers(self) -> bool:
+        if self.stage_layers in ("cost", "even"):
+            return True
+        counts = _counts(self.stage_layers)
+        return len(counts) == self.chunks and sum(counts) == self.layers and min(counts) > 0
+
     def config(self, grad_clip: float) -> Config:
         """The run that the case describes."""
+        words = self.stage_layers in ("cost", "even")
         parallel: dict[str, Any] = {
             "tensor": self.tensor,
             "data": self.data,
+            "pipeline": self.pipeline,
+            "schedule": self.schedule,
+            "virtual_stages": self.chunks // self.pipeline,
+            "stage_layers": self.stage_layers if words else _counts(self.stage_layers),
+            "early_step": self.early,
             "sequence_parallel": self.sequence_parallel,
             "overlap": self.overlap,
         }
@@ -146,6 +185,10 @@ class Case:
                 "data": {"mask_documents": self.masked},
             }
         )
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _value(kind: type, text: str) -> Any:

@@ -197,3 +197,24 @@ def identical(
                         yield f"{what}: {kind} are other rectangles"
                     elif p.value.tobytes() != q.value.tobytes():
                         yield f"{what}: {kind} {p.name}"
+
+
+def same_as_alone(
+    ranks: Sequence[Sequence[RankStep]], alone: Sequence[RankStep]
+) -> Iterator[str]:
+    """Where the ranks of a layout, together, differ in any bit from one process with all of it."""
+    for number, one in enumerate(alone):
+        for rank, step in enumerate(run[number] for run in ranks):
+            what = f"rank {rank} step {number + 1}"
+            if _bits(step) != _bits(one) or step.applied != one.applied:
+                yield f"{what}: other numbers than in one process"
+        for kind in ("gradients", "weights"):
+            whole = {piece.name: piece for piece in getattr(one, kind)}
+            missing = set(whole)
+            for rank, step in enumerate(run[number] for run in ranks):
+                for piece in getattr(step, kind):
+                    missing.discard(piece.name)
+                    if piece.value.tobytes() != whole[piece.name].value[piece.region].tobytes():
+                        what = f"rank {rank} step {number + 1}: {kind} {piece.name}"
+                        yield f"{what}: other bits than in one process"
+            yield from (f"step {number + 1}: {kind} {name} on no rank" for name in sorted(missing))

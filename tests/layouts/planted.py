@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from megallama.autograd.stash import Stash
 from megallama.dist.handle import Done
+from megallama.spec.schedules.actions import Action, Compute, Receive
 from megallama.train.build import Trainer
 
 
@@ -59,24 +61,25 @@ def _half_a_key(trainer: Trainer) -> None:
 
 def _early(trainer: Trainer) -> None:
     """Gradients are reduced when the first micro-batch's have landed."""
+    zero, state = trainer.zero, trainer.model.state
+    _around(zero, "expect", lambda expect, micro_batches: expect(1))
 
-    def too_soon(run: Any, *given: Any, **named: Any) -> Any:
-        trainer.zero.expect_last_micro_batch()
-        trainer.zero.expect_last_micro_batch = lambda: None  # type: ignore[method-assign]
-        return run(*given, **named)
+    def once(landed: Any, name: str) -> None:
+        if zero._bucket_of[state.parameter_of[name]] in zero._missing:
+            landed(name)
 
-    _around(trainer.step, "run", too_soon)
+    _around(state, "on_landed", once)
 
 
 def _not_waited_for(trainer: Trainer) -> None:
     """Reduced gradients are read without waiting for them, and come late."""
     worker = trainer.zero.groups.data._worker
 
-    def hold_up(expect: Any) -> None:
+    def hold_up(expect: Any, micro_batches: int) -> None:
         worker.submit(lambda: time.sleep(0.5), 0)
-        expect()
+        expect(micro_batches)
 
-    _around(trainer.zero, "expect_last_micro_batch", hold_up)
+    _around(trainer.zero, "expect", hold_up)
     _around(trainer.zero, "finish_gradients", lambda f: (trainer.zero._reducing.clear(), f()))
 
 
@@ -118,6 +121,126 @@ def _old_weights(trainer: Trainer) -> None:
     _around(group, "all_gather_rows", gather)
 
 
+def _stage(trainer: Trainer) -> int:
+    return trainer.place.along("pipeline")
+
+
+def _w_left_out(trainer: Trainer) -> None:
+    """The first stage never runs the W of its first micro-batch."""
+    if _stage(trainer) == 0:
+        _change_list(trainer, lambda actions: _without(actions, Compute("W", 0, 0)))
+
+
+def _w_again(trainer: Trainer) -> None:
+    """The first stage's second W is its first one again."""
+    if _stage(trainer) == 0:
+        kept: list[Any] = []
+
+        def again(backward_weights: Any, batch: Any, state: Stash) -> Any:
+            kept.append((batch, {key: dict(saved) for key, saved in state._sets.items()}))
+            if len(kept) == 2:
+                batch, state._sets = kept[0]
+            return backward_weights(batch, state)
+
+        _around(trainer.model.chunks[0], "backward_weights", again)
+
+
+def _w_late(trainer: Trainer) -> None:
+    """The first stage adds the gradients of two micro-batches in another order."""
+    if _stage(trainer) == 0:
+        _change_list(trainer, lambda actions: _swapped(actions, *_found(actions, "W")[:2]))
+
+
+def _received_for_another(trainer: Trainer) -> None:
+    """The last stage posts two receives in another order than their sends."""
+    if _stage(trainer) == 1:
+        two = [action for action in _list(trainer) if isinstance(action, Receive)][:2]
+        _change_list(trainer, lambda actions: _swapped(actions, *two))
+
+
+def _taken_for_another(trainer: Trainer) -> None:
+    """The last stage's second forward takes the first one's activations."""
+    if _stage(trainer) == 1:
+        inputs: list[Tensor] = []
+
+        def stale(forward: Any, batch: Any, x: Tensor, stash: Any) -> Any:
+            inputs.append(x)
+            return forward(batch, inputs[0] if len(inputs) == 2 else x, stash)
+
+        _around(trainer.model.chunks[1], "forward", stale)
+
+
+def _tied_apart(trainer: Trainer) -> None:
+    """Tied embeddings each keep the gradient of their own stage."""
+    trainer.zero.groups = replace(trainer.zero.groups, tied=None)
+
+
+def _norm_of_one(trainer: Trainer) -> None:
+    """The gradient norm misses a stage."""
+    if _stage(trainer) == 1:
+        _around(trainer.step.tally, "_gradient_squares", lambda squares: squares().zero_())
+
+
+def _norm_of_copy(trainer: Trainer) -> None:
+    """The gradient norm counts the tied embedding on both stages."""
+    if _stage(trainer) == 1:
+        table = trainer.model.state.table
+        counted = [
+            replace(s, own_pieces=tuple(replace(p, owned=True) for p in s.own_pieces)) for s in table
+        ]
+
+        def all_of_it(squares: Any) -> Any:
+            trainer.model.state.table = tuple(counted)
+            try:
+                return squares()
+            finally:
+                trainer.model.state.table = table
+
+        _around(trainer.step.tally, "_gradient_squares", all_of_it)
+
+
+def _not_taken_back(trainer: Trainer) -> None:
+    """One stage keeps an early update that clipping takes back."""
+    if _stage(trainer) == 1:
+        trainer.step.early.take_back = lambda: None  # type: ignore[method-assign,union-attr]
+
+
+def _counts_on(trainer: Trainer) -> None:
+    """An update that was taken back still counts, in AdamW's bias corrections."""
+
+    def counted(take_back: Any) -> None:
+        take_back()
+        trainer.optimizer.updates += 1
+
+    _around(trainer.step.early, "take_back", counted)
+
+
+def _list(trainer: Trainer) -> tuple[Action, ...]:
+    """The actions of this rank in a step of two micro-batches."""
+    return trainer.step.pipelines.train(2).schedule.actions[_stage(trainer)]
+
+
+def _change_list(trainer: Trainer, change: Callable[[tuple[Action, ...]], list[Action]]) -> None:
+    pipeline = trainer.step.pipelines.train(2)  # made once for each number
+    actions = list(pipeline.schedule.actions)
+    actions[pipeline.rank] = tuple(change(actions[pipeline.rank]))
+    pipeline.schedule = replace(pipeline.schedule, actions=tuple(actions))
+
+
+def _found(actions: Sequence[Action], kind: str) -> list[Action]:
+    return [action for action in actions if isinstance(action, Compute) and action.kind == kind]
+
+
+def _without(actions: Sequence[Action], one: Action) -> list[Action]:
+    return [action for action in actions if action != one]
+
+
+def _swapped(actions: Sequence[Action], one: Action, other: Action) -> list[Action]:
+    swap = {one: other, other: one}
+    return [swap.get(action, action) for action in actions]
+
+
+PIPELINE = "tensor=1 data=1 pipeline=2 micro_batches=2"
 PLANTED = {
     "one gradient": Fault(
         _one_gradient, "tensor=2 data=2", "gradient layers.0.feed_forward.w2.weight: relative"
@@ -130,4 +253,14 @@ PLANTED = {
     "learning rate": Fault(_rate, "tensor=2 data=1 precision=fp32", "step 1 update"),
     "padding": Fault(_padding, "tensor=8 data=1 vocab=13", "step 1 loss"),
     "old weights": Fault(_old_weights, "tensor=1 data=2", "holds other bits"),
+    "W left out": Fault(_w_left_out, f"{PIPELINE} schedule=zb-h2", "chunk 0: gradients have not"),
+    "W again": Fault(_w_again, f"{PIPELINE} schedule=zb-h1", "step 1 gradient layers.0"),
+    "W late": Fault(_w_late, f"{PIPELINE} schedule=zb-h2", "wk.weight: other bits than in one"),
+    "received for another": Fault(_received_for_another, f"{PIPELINE} schedule=gpipe", "they differ: rank"),
+    "taken for another": Fault(_taken_for_another, PIPELINE, "step 1 loss: relative"),
+    "tied apart": Fault(_tied_apart, f"{PIPELINE} tied=True", "tok_embeddings.weight: rank 1"),
+    "norm of one": Fault(_norm_of_one, PIPELINE, "step 1 gradient norm: relative"),
+    "norm of copy": Fault(_norm_of_copy, f"{PIPELINE} tied=True", "step 1 gradient norm: relative"),
+    "not taken back": Fault(_not_taken_back, f"{PIPELINE} early=True", "update"),
+    "counts on": Fault(_counts_on, f"{PIPELINE} early=True", "update"),
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from tests.layouts import body
 from tests.layouts.case import Case
-from tests.layouts.compare import RankStep, compare
+from tests.layouts.compare import RankStep, compare, same_as_alone
 from tests.layouts.pool import Outcome, Pool, Task
 from tests.layouts.problem import problem_of, solve
 
@@ -33,17 +34,48 @@ class Report:
 
 
 def run_cases(pool: Pool, cases: Iterable[Case], planted: str | None = None) -> Iterator[Report]:
-    """A report of each case, as they end."""
-    started: dict[int, Case] = {}
+    """A report of each case, as they end.
 
-    def tasks() -> Iterator[Task]:
-        for number, case in enumerate(cases):
-            started[number] = case
-            yield task_of(case, planted)
+    A case with a twin in one process is held against that too, bit by bit.
+    """
+    tasks = _Tasks(cases, planted)
+    ended: dict[Case, Outcome] = {}
+    for number, outcome in pool.run_all(tasks):
+        case, is_twin = tasks.started.pop(number)
+        (tasks.twins if is_twin else ended)[case] = outcome
+        for one in [one for one in ended if one.twin is None or tasks.twins.get(one.twin)]:
+            outcome = ended.pop(one)
+            faults = faults_of(one, outcome)
+            if one.twin is not None and outcome.error is None:
+                faults += _unlike(outcome, tasks.twins[one.twin])
+            yield Report(one, faults, outcome.seconds)
 
-    for number, outcome in pool.run_all(tasks()):
-        case = started.pop(number)
-        yield Report(case, faults_of(case, outcome), outcome.seconds)
+
+class _Tasks:
+    """The tasks of cases, each twin's before those of its cases. `started`: by a task's number."""
+
+    def __init__(self, cases: Iterable[Case], planted: str | None) -> None:
+        self._cases, self._planted = cases, planted
+        self.started: dict[int, tuple[Case, bool]] = {}
+        self.twins: dict[Case, Outcome | None] = {}
+
+    def __iter__(self) -> Iterator[Task]:
+        numbers = count()
+        for case in self._cases:
+            if case.twin is not None and case.twin not in self.twins:
+                self.twins[case.twin] = None
+                self.started[next(numbers)] = case.twin, True
+                yield task_of(case.twin)
+            self.started[next(numbers)] = case, False
+            yield task_of(case, self._planted)
+
+
+def _unlike(outcome: Outcome, twin: Outcome | None) -> list[str]:
+    """Where the outcome of a case differs from its twin's."""
+    assert twin is not None
+    if twin.error is not None:
+        return [f"in one process: {twin.error}"]
+    return list(same_as_alone(outcome.results, twin.results[0]))
 
 
 def task_of(case: Case, planted: str | None = None) -> Task:

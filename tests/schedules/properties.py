@@ -26,6 +26,9 @@ CLOSE = 1e-9  # of a unit of time: a third is no float, and hundreds of them are
 #: (kind, chunk, micro-batch) → (rank, start, end), a BW being both a B and a W.
 Times = dict[tuple[str, int, int], tuple[int, float, float]]
 
+#: "activations", "gradient" or "nothing"; the chunk that takes it; the micro-batch.
+Content = tuple[str, int, int]
+
 
 def check(name: str, p: int, m: int, v: int) -> None:
     """Holds a schedule against everything below. Raises AssertionError, ScheduleError."""
@@ -77,7 +80,7 @@ def check_messages(schedule: Schedule, kinds: str = "FB") -> None:
     """Every boundary between two ranks is crossed once a micro-batch and direction; receives of a
     pair stand in the order of its sends, and no later, and no earlier, than they have to."""
     sent, posted = defaultdict(list), defaultdict(list)
-    needed: dict[tuple[int, str], int] = {}
+    needed: dict[tuple[int, Content], int] = {}
     for rank, actions in enumerate(schedule.actions):
         count, made = 0, set()
         for action in actions:
@@ -86,49 +89,49 @@ def check_messages(schedule: Schedule, kinds: str = "FB") -> None:
                 needed |= {(rank, _input(one)): count for one in passes((action,))}
                 count += 1
             elif isinstance(action, Send):
-                assert action.label in made, f"{action} does not stand behind its pass"
-                sent[rank, action.peer].append(action.label)
+                content = (action.what, action.chunk, action.micro_batch)
+                assert content in made, f"{action} does not stand behind its pass"
+                sent[rank, action.peer].append(content)
             elif isinstance(action, Receive):
                 made = set()
-                posted[action.peer, rank].append((action.label, count))
+                content = (action.what, action.chunk, action.micro_batch)
+                posted[action.peer, rank].append((content, count))
     expected: Counter[tuple[int, int]] = Counter()
     for before, after in pairwise(schedule.owners):
         if before != after:
             for pair, kind in (((before, after), "F"), ((after, before), "B")):
                 expected[pair] += schedule.micro_batches * (kind in kinds)
-    assert {pair: len(labels) for pair, labels in sent.items()} == +expected
-    assert sent == {pair: [label for label, _ in each] for pair, each in posted.items()}
+    assert {pair: len(contents) for pair, contents in sent.items()} == +expected
+    assert sent == {pair: [content for content, _ in each] for pair, each in posted.items()}
     for (_, rank), each in posted.items():
         latest = len(schedule.actions[rank])
-        for label, place in reversed(each):
-            latest = min(latest, max(0, needed[rank, label] - 1))
-            assert place == latest, f"rank {rank} posts {label} at {place}, not at {latest}"
+        for content, place in reversed(each):
+            latest = min(latest, max(0, needed[rank, content] - 1))
+            assert place == latest, f"rank {rank} posts {content} at {place}, not at {latest}"
 
 
-def _output(one: Compute) -> str:
-    what = "activations" if one.kind == "F" else "gradient"
-    return f"{what} of {'F' if one.kind == 'F' else 'B'}({one.chunk}, {one.micro_batch})"
-
-
-def _input(one: Compute) -> str:
+def _output(one: Compute) -> Content:
     if one.kind == "F":
-        return f"activations of F({one.chunk - 1}, {one.micro_batch})"
-    if one.kind == "W":
-        return "nothing"
-    return f"gradient of B({one.chunk + 1}, {one.micro_batch})"
+        return ("activations", one.chunk + 1, one.micro_batch)
+    return ("nothing" if one.kind == "W" else "gradient", one.chunk - 1, one.micro_batch)
+
+
+def _input(one: Compute) -> Content:
+    what = {"F": "activations", "W": "nothing"}.get(one.kind, "gradient")
+    return (what, one.chunk, one.micro_batch)
 
 
 def check_ends(schedule: Schedule) -> None:
     """Reduce stands behind the chunk's last W or BW, with nothing but its send between; Step ends
     every list; an evaluation's lists have neither."""
     for rank, actions in enumerate(schedule.actions):
-        assert actions.count(Step()) == 1
-        assert actions[-1] == Step()
+        assert [index for index, a in enumerate(actions) if isinstance(a, Step)] == [
+            len(actions) - 1
+        ]
         whole: list[int] = []
         for index, action in enumerate(actions):
             if isinstance(action, Reduce):
-                before = [a for a in actions[:index] if isinstance(a, Compute | Fused)][-1]
-                last = passes((before,))[-1]
+                last = passes(actions[max(0, index - 3) : index])[-1]
                 assert isinstance(actions[index - 1], Compute | Fused | Send)
                 assert (last.chunk, "W" in last.kind) == (action.chunk, True)
                 assert last.micro_batch == schedule.micro_batches - 1

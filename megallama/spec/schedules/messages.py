@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal
 
 from megallama.spec.schedules.actions import (
@@ -63,7 +64,7 @@ def whole_lists(
     one, or earlier where the pair's order asks for it.
     """
     sends = [
-        [made for action in actions for one in halves(action) if (made := made_by(one, owners))]
+        [[send for one in halves(action) if (send := made_by(one, owners))] for action in actions]
         for actions in ranks
     ]
     lists = []
@@ -74,14 +75,17 @@ def whole_lists(
         for index, action in enumerate(actions):
             found += posted.get(index, ())
             found.append(action)
-            found += [made for one in halves(action) if (made := made_by(one, owners))]
+            found += sends[rank][index]
             found += [Reduce(chunk) for chunk in last.get(index, ())]
         lists.append((*found, Step()) if training else tuple(found))
     return tuple(lists)
 
 
 def _receives(
-    rank: int, actions: Sequence[Pass], owners: Sequence[int], sends: Sequence[Sequence[Send]]
+    rank: int,
+    actions: Sequence[Pass],
+    owners: Sequence[int],
+    sends: Sequence[Sequence[Sequence[Send]]],
 ) -> dict[int, list[Receive]]:
     """Index of a pass → the receives posted before it begins.
 
@@ -89,18 +93,19 @@ def _receives(
     late is posted early where the peer sends it before one that is needed sooner.
     """
     needed_at = {
-        (taken.peer, taken.label): index
+        (taken.peer, taken.what, taken.chunk, taken.micro_batch): index
         for index, action in enumerate(actions)
         for one in halves(action)
         if (taken := taken_by(one, owners))
     }
     posted: dict[int, list[Receive]] = {}
-    for source in sorted({source for source, _ in needed_at}):
+    for source in sorted({key[0] for key in needed_at}):
         index = len(actions)
-        for send in reversed([send for send in sends[source] if send.peer == rank]):
-            index = max(0, min(index, needed_at[source, send.label] - 1))
-            receive = Receive(send.what, send.chunk, send.micro_batch, source)
-            posted.setdefault(index, []).insert(0, receive)
+        for send in reversed(list(chain.from_iterable(sends[source]))):
+            if send.peer == rank:
+                key = (source, send.what, send.chunk, send.micro_batch)
+                index = max(0, min(index, needed_at[key] - 1))
+                posted.setdefault(index, []).insert(0, Receive(*key[1:], source))
     return posted
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -142,7 +142,7 @@ class _Run:
         self.seconds = seconds
         self.latency = latency
         self.ranks = [_Rank(actions) for actions in schedule.actions]
-        self.links: dict[tuple[int, int], _Link] = {}
+        self.links: defaultdict[tuple[int, int], _Link] = defaultdict(_Link)
 
     def run(self) -> tuple[tuple[Timed, ...], ...]:
         waiting = deque(range(len(self.ranks)))
@@ -153,9 +153,6 @@ class _Run:
         self._refuse_unmet()
         return tuple(tuple(rank.timed) for rank in self.ranks)
 
-    def _link(self, source: int, destination: int) -> _Link:
-        return self.links.setdefault((source, destination), _Link())
-
     def _go_on(self, number: int) -> set[int]:
         """Run a rank until it waits or ends; the ranks to which it has sent something."""
         rank, told = self.ranks[number], set()
@@ -165,12 +162,12 @@ class _Run:
                 if not self._compute(number, action):
                     break
             elif isinstance(action, Send):
-                link = self._link(number, action.peer)
+                link = self.links[number, action.peer]
                 link.sent.append((_content(action), rank.free))
                 link.check(len(link.sent) - 1, number, action.peer)
                 told.add(action.peer)
             elif isinstance(action, Receive):
-                link = self._link(action.peer, number)
+                link = self.links[action.peer, number]
                 link.index[_content(action)] = len(link.posted)
                 link.posted.append((_content(action), rank.free))
                 link.check(len(link.posted) - 1, action.peer, number)
@@ -198,7 +195,7 @@ class _Run:
 
     def _arrival(self, number: int, one: Compute, taken: Message) -> float | None:
         """When a message is there; None where it has not been sent yet."""
-        link = self._link(taken.peer, number)
+        link = self.links[taken.peer, number]
         k = link.index.get(_content(taken))
         if k is None:
             raise ScheduleError(f"rank {number}: {one} takes {taken.label}; no receive is posted")

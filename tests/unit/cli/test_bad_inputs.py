@@ -60,7 +60,10 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"parallel.data": 2},
         "parallel.tensor=1 x parallel.data=2: 1 process does not make this grid; start 2 (",
     ),
-    "pipeline": ({"parallel.pipeline": 2}, "parallel.pipeline=2: this version runs no pipeline"),
+    "pipeline": (
+        {"parallel.pipeline": 2},
+        "parallel.tensor=1 x parallel.pipeline=2: 1 process does not make this grid; start 2 (",
+    ),
     "no data": ({"data": None}, "data.mixture: "),
     "vocabulary": ({"model.vocab": 256}, "model.vocab=256: "),
     "too small": ({"train.sequence_length": 10_000}, "'code' has "),

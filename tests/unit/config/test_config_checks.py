@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megallama.config.checks import cross_check
+from megallama.spec.schedules.build import VIRTUAL_STAGES
 
 
 def source(name: str = "a", path: str = "p") -> dict:
@@ -287,3 +288,112 @@ def test_doing_without_sequence_parallel_is_offered_only_where_it_helps():
 
 def test_a_check_waits_for_its_values():
     assert not list(cross_check({"model.heads": 7}))
+
+
+@pytest.mark.parametrize(
+    "changes, lines",
+    [
+        (
+            {"parallel.pipeline": 3},
+            [
+                "parallel.pipeline=3: x 1 chunk on a rank exceeds model.layers=2, and a chunk has "
+                "one layer or more; the nearest that fits is 2"
+            ],
+        ),
+        (
+            {"parallel.pipeline": 2, "parallel.schedule": "interleaved"},
+            [
+                "parallel.pipeline=2: x 2 chunks on a rank exceeds model.layers=2, and a chunk has "
+                "one layer or more; the nearest that fits is 1"
+            ],
+        ),
+        (
+            {"parallel.virtual_stages": 3, "parallel.schedule": "interleaved"},
+            [
+                "parallel.pipeline=1: x 3 chunks on a rank exceeds model.layers=2, and a chunk has "
+                "one layer or more; raise model.layers to 3, or have fewer chunks on a rank"
+            ],
+        ),
+        (
+            {"parallel.virtual_stages": 2},
+            [
+                "parallel.virtual_stages=2: parallel.schedule=1f1b takes 1; "
+                "leave it out, or set parallel.schedule=interleaved"
+            ],
+        ),
+        (
+            {"parallel.virtual_stages": 2, "parallel.schedule": "1f1b-fused"},
+            [
+                "parallel.virtual_stages=2: parallel.schedule=1f1b-fused takes 1; "
+                "leave it out, or set parallel.schedule=interleaved-fused"
+            ],
+        ),
+        (
+            {"parallel.virtual_stages": 1, "parallel.schedule": "zb-v"},
+            [
+                "parallel.virtual_stages=1: parallel.schedule=zb-v takes 2; "
+                "leave it out, or set parallel.schedule=interleaved"
+            ],
+        ),
+        (
+            {"parallel.pipeline": 2, "parallel.stage_layers": [2]},
+            [
+                "parallel.stage_layers=[2]: has 1 entry for 2 chunks; "
+                "give 2 that sum to 2, or use cost or even",
+            ],
+        ),
+        (
+            {"model.layers": 11, "parallel.pipeline": 3, "parallel.stage_layers": [3, 3, 4]},
+            [
+                "parallel.stage_layers=[3, 3, 4]: sums to 10, not model.layers=11; "
+                "give 3 that sum to 11, or use cost or even"
+            ],
+        ),
+        (
+            {"parallel.stage_layers": [1, 1]},
+            [
+                "parallel.stage_layers=[1, 1]: has 2 entries for 1 chunk; "
+                "give 1 that sum to 2, or use cost or even"
+            ],
+        ),
+    ],
+)
+def test_contradictions_of_a_pipeline(faults, changes, lines):
+    assert faults(changes) == lines
+
+
+pipelines = st.fixed_dictionaries(
+    {
+        "model.layers": st.integers(1, 12),
+        "parallel.pipeline": st.integers(1, 5),
+        "parallel.schedule": st.sampled_from(list(VIRTUAL_STAGES)),
+        "parallel.virtual_stages": st.none() | st.integers(1, 4),
+        "parallel.stage_layers": st.sampled_from(["cost", "even"])
+        | st.lists(st.integers(1, 4), min_size=1, max_size=6).map(tuple),
+    }
+)
+
+
+@given(pipelines)
+@settings(max_examples=300, deadline=None)
+def test_the_pipelines_that_are_refused_are_those_that_no_run_can_take(valid):
+    layers, pipeline = valid["model.layers"], valid["parallel.pipeline"]
+    schedule, virtual = valid["parallel.schedule"], valid["parallel.virtual_stages"]
+    split = valid["parallel.stage_layers"]
+    takes = VIRTUAL_STAGES[schedule]
+    chunks = pipeline * (virtual or takes or 2)
+    wrong = {
+        "parallel.virtual_stages": virtual is not None and takes not in (None, virtual),
+        "parallel.pipeline": chunks > layers,
+        "parallel.stage_layers": chunks <= layers
+        and not isinstance(split, str)
+        and (len(split), sum(split)) != (chunks, layers),
+    }
+    found = {fault.subject.partition("=")[0]: fault for fault in cross_check(valid)}
+    assert set(found) == {key for key, is_wrong in wrong.items() if is_wrong}
+    if "parallel.pipeline" in found and "nearest" in found["parallel.pipeline"].remedy:
+        (fits,) = numbers(found["parallel.pipeline"].remedy)
+        again = cross_check({**valid, "parallel.pipeline": fits, "parallel.stage_layers": "cost"})
+        assert "parallel.pipeline" not in {fault.subject.partition("=")[0] for fault in again}
+    if "parallel.stage_layers" in found:
+        assert numbers(found["parallel.stage_layers"].remedy) == [chunks, layers]

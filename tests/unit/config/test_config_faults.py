@@ -16,6 +16,7 @@ from megallama.config.schema import Config, RopeScaling
 WHOLE = "is not a whole number; write digits alone, such as 4"
 NUMBER = "is not a number; write a number, such as 0.1 or 3.0e-4"
 FINITE = "is not finite; write an ordinary number, such as 0.1 or 3.0e-4"
+SPLIT = "is not a split of layers; use 'cost', 'even' or a list such as [3, 5]"
 TEXT = "write text, in quotes where YAML reads it as something else"
 
 
@@ -49,6 +50,15 @@ TEXT = "write text, in quotes where YAML reads it as something else"
         ("train.deterministic", 1, "train.deterministic=1: is not a switch; write true or false"),
         ("train.precision", "fp8", "train.precision=fp8: is not a choice; "),
         ("parallel.overlap", "some", "parallel.overlap=some: is not a choice; "),
+        ("parallel.schedule", "2f2b", "parallel.schedule=2f2b: is not a choice; use 'gpipe', "),
+        ("parallel.stage_layers", "odd", f"parallel.stage_layers=odd: {SPLIT}"),
+        ("parallel.stage_layers", 3, f"parallel.stage_layers=3: {SPLIT}"),
+        ("parallel.stage_layers", [2, 0], f"parallel.stage_layers=[2, 0]: {SPLIT}"),
+        ("parallel.stage_layers", [1, "1"], f"parallel.stage_layers=[1, '1']: {SPLIT}"),
+        ("parallel.timeout_seconds", 0, "parallel.timeout_seconds=0: is too small; give a value"),
+        ("train.profile", 3, "train.profile=3: is not a mapping; write its keys as `key: value`"),
+        ("train.profile", {}, "train.profile.start: is missing; set it (First step that is rec"),
+        ("train.profile", {"start": 0}, "train.profile.start=0: is too small; give a value above"),
         ("log.wandb", True, "log.wandb=true: is not a choice; use 'off', 'offline' or 'online'"),
         ("run.name", 7, f"run.name=7: is not text; {TEXT}"),
         ("run.name", "../up", "run.name=../up: is not a name; use letters, digits, "),
@@ -169,6 +179,11 @@ def test_all_faults_at_once(faults):
             "optimizer.use_distributed_optimizer",
             "remove it: how optimizer state is held follows from the layout",
         ),
+        (
+            "parallel.decoder_first_pipeline_num_layers",
+            "use parallel.stage_layers (cost, even, or the layers of each chunk)",
+        ),
+        ("train.distributed_timeout_minutes", "use parallel.timeout_seconds (in seconds)"),
         ("train.every", "use validation.every or checkpoint.every or log.every"),
         ("model.layrs", "use model.layers"),
         ("train.tie_embedings", "use model.tie_embeddings"),

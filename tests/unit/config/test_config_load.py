@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from megallama.config import (
     parse_config,
     schema,
 )
+from megallama.spec.schedules.build import NAMES, default_virtual_stages
 
 
 @pytest.fixture
@@ -50,6 +52,12 @@ def test_defaults(file):
     assert config.train.saved_activations == "linear_outputs"
     assert config.parallel.data is None
     assert config.parallel.overlap == "backward"
+    assert config.parallel.virtual_stages is None
+    assert config.parallel.chunks_per_rank == 1
+    assert config.parallel.stage_layers == "cost"
+    assert not config.parallel.early_step
+    assert config.parallel.timeout_seconds == 600
+    assert config.train.profile is None
     assert config.optimizer.min_lr == pytest.approx(1e-4)
     assert config.optimizer.warmup_steps == 100
     assert config.optimizer.betas == (0.9, 0.95)
@@ -110,6 +118,31 @@ def test_phases(tiny):
     tiny["data"] = {"mixture": [a]}
     (only,) = parse_config(tiny).data.all_phases
     assert (only.until_tokens, only.mixture[0].path) == (None, Path("p"))
+
+
+def test_chunks_on_a_rank_follow_from_the_schedule_unless_they_are_given():
+    """The schedules are those that can be made, each with the chunks that it takes."""
+    field = schema.Parallel.model_fields["schedule"]
+    assert get_args(field.annotation) == NAMES
+    for name in NAMES:
+        assert schema.Parallel(schedule=name).chunks_per_rank == default_virtual_stages(name)
+    assert schema.Parallel(schedule="interleaved", virtual_stages=3).chunks_per_rank == 3
+
+
+def test_splits_and_a_profile(file):
+    config = load_config(
+        file,
+        [
+            "parallel.pipeline=2",
+            "parallel.stage_layers=[1, 1]",
+            "train.profile={start: 7}",
+            "train.profile.steps=2",
+        ],
+    )
+    assert config.parallel.stage_layers == (1, 1)
+    assert config.train.profile == schema.Profile(start=7, steps=2)
+    assert parse_config(yaml.safe_load(config_to_yaml(config)), name="other") == config
+    assert load_config(file, ["parallel.stage_layers=even"]).parallel.stage_layers == "even"
 
 
 def test_empty_section_is_its_defaults(tiny):
@@ -282,7 +315,9 @@ def mappings(draw):
             "global_batch": micro_batch * draw(st.integers(1, 100)),
             "micro_batch": micro_batch,
             "max_minutes": draw(st.none() | positive),
+            "profile": draw(st.none() | st.just({"start": 3}) | st.just({"start": 9, "steps": 2})),
         },
+        "parallel": {"stage_layers": draw(st.sampled_from(["cost", "even"]))},
         "optimizer": {
             "lr": lr,
             "min_lr": lr * draw(st.floats(0, 1)),

@@ -40,9 +40,9 @@ def test_rows_of_one_stay_as_they_are():
 def test_one_has_nobody_to_talk_to():
     for group in (SingleGroup("pipe"), Blocking(SingleGroup("pipe"))):
         with pytest.raises(ValueError, match="'pipe'"):
-            group.send(torch.zeros(1), 0)
+            group.send(torch.zeros(1), 0, "activations")
         with pytest.raises(ValueError, match="'pipe'"):
-            group.receive(torch.zeros(1), 0)
+            group.receive(torch.zeros(1), 0, "activations")
 
 
 def test_done_has_its_value():

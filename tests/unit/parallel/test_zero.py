@@ -25,7 +25,7 @@ from megallama.parallel.zero import Zero, ZeroGroups
 from megallama.spec.grid import Grid, Place
 from megallama.spec.parameters import EMBEDDING, FINAL_NORM, OUTPUT, parameter_table
 from megallama.spec.shards import shard_table
-from tests.harness import flat, forward_backward, lone_state, micro_batch, whole, model_config
+from tests.harness import flat, forward_backward, lone_state, micro_batch, model_config, whole
 from tests.reference import Shape, random_batch
 
 CPU = torch.device("cpu")

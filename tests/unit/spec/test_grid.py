@@ -199,10 +199,12 @@ def test_what_makes_no_grid(parallel, processes, line):
 def test_a_grid_has_as_many_ranks_as_there_are_processes_or_is_refused(
     tensor, pipeline, data, processes
 ):
-    asked = config(tensor=tensor, pipeline=pipeline, data=data)
+    def grid():
+        return make_grid(config(tensor=tensor, pipeline=pipeline, data=data), processes)
+
     ranks = data or max(1, processes // (tensor * pipeline))
     if tensor * pipeline * ranks != processes or 12 % (2 * ranks):
         with pytest.raises(ConfigError, match=r"^[^\n]*; [^\n]*$"):
-            make_grid(asked, processes)
+            grid()
         return
-    assert make_grid(asked, processes) == Grid(tensor, ranks, pipeline)
+    assert grid() == Grid(tensor, ranks, pipeline)

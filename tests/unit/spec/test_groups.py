@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megallama.spec.grid import ALONE, Grid, Place
+from megallama.spec.grid import Grid, Place
 from megallama.spec.groups import group_members, run_schedule
 from megallama.spec.schedules.build import NAMES, make_schedule
 from tests.unit.spec.pipelines import CHUNKS, run
@@ -71,13 +71,6 @@ def test_the_schedule_of_a_run(schedule):
     asked, grid = run(schedule=schedule, pipeline=2), Grid(data=3, pipeline=2)
     assert run_schedule(asked, grid) == make_schedule(schedule, 2, 8, CHUNKS[schedule])
     assert run_schedule(asked, grid, 5) == make_schedule(schedule, 2, 5, CHUNKS[schedule])
-
-
-@pytest.mark.parametrize("schedule", NAMES)
-def test_alone_a_run_of_a_pipeline_goes_one_by_one(schedule):
-    asked = run(schedule=schedule, pipeline=2)
-    assert run_schedule(asked, ALONE.grid) == make_schedule("1f1b", 1, 24)
-    assert set(group_members(asked, ALONE, ())) == {"world", "tensor", "key_value", "data"}
 
 
 def test_one_pipeline_rank_may_run_a_pipeline_s_schedule():

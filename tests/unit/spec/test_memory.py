@@ -11,13 +11,19 @@ from megallama.config.schema import Config
 from megallama.optim.adamw import AdamW
 from megallama.parallel.state import ParameterState
 from megallama.spec.grid import Grid, Place
-from megallama.spec.memory import held_bytes
-from megallama.spec.parameters import parameter_table
-from megallama.spec.saved import saved_bytes
+from megallama.spec.groups import run_schedule
+from megallama.spec.memory import held_bytes, peak_layers, rank_bytes
+from megallama.spec.parameters import EMBEDDING, OUTPUT, parameter_table
+from megallama.spec.saved import saved_bytes, weight_state_bytes
+from megallama.spec.schedules.build import NAMES
+from megallama.spec.schedules.promises import peak_in_flight, peak_weight_states
 from megallama.spec.shards import shard_table
+from megallama.spec.stages import rank_tables
 from megallama.train.device import DTYPES
 from tests.unit.optim.trainers import CPU, optimizer_config
 
+#: The ends of the model that a tied weight belongs to.
+ENDS = (EMBEDDING, OUTPUT)
 GRIDS = [
     Grid(),
     Grid(data=3),
@@ -52,6 +58,22 @@ def config(grid: Grid, precision: str, tied: bool = False, **parallel: Any) -> C
     )
 
 
+def pipeline(grid: Grid, **keys: Any) -> Config:
+    """A run of 12 micro-batches of 32 tokens in each pipeline, over 8 layers."""
+    model = {"d_model": 32, "layers": 8, "heads": 8, "kv_heads": 2, "ffn": 48, "vocab": 61}
+    model["tie_embeddings"] = keys.pop("tie_embeddings", False)
+    train = {"steps": 1, "sequence_length": 16, "global_batch": 24 * grid.data, "micro_batch": 2}
+    train["precision"] = keys.pop("precision", "bf16")
+    return parse_config(
+        {
+            "model": model,
+            "train": train,
+            "optimizer": {"lr": 1e-3},
+            "parallel": {"tensor": grid.tensor, "pipeline": grid.pipeline, **keys},
+        }
+    )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.tensor}x{g.data}")
@@ -59,8 +81,12 @@ def test_they_are_the_buffers_that_a_rank_makes(grid, precision, tied):
     asked = config(grid, precision, tied)
     sizes = held_bytes(asked, grid)
     table = shard_table(parameter_table(asked.model), Place(grid, 0))
-    state = ParameterState(table, DTYPES[precision], CPU, tied)
-    parameters = [shard.parameter for shard in table]
+    check_buffers(sizes, ParameterState(table, DTYPES[precision], CPU, ENDS if tied else ()))
+
+
+def check_buffers(sizes: dict[str, int], state: ParameterState) -> None:
+    """The sizes are those of the state's buffers and of an optimizer's."""
+    parameters = [shard.parameter for shard in state.table]
     optimizer = AdamW(optimizer_config(), parameters, state.masters, state.own_gradients)
     held = state.bytes_held()
     assert {name: sizes[name] for name in held} == held
@@ -109,3 +135,70 @@ def test_7b_on_four_by_two_by_hand():
         # 2 + 6 + 2 + 2 + 4·11008/4096 widths and 32 log-sum-exps a token, a quarter of 8,192.
         "saved activations": 32 * 2048 * (12 * 4096 + 4 * 11008 + 4 * 32),
     }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
+def test_of_a_pipeline_too_they_are_the_buffers_that_each_rank_makes(schedule, precision, tied):
+    """A tied weight is on both end ranks with a gradient each, or on one with two gradients."""
+    grid = Grid(tensor=2, data=2, pipeline=2)
+    asked = pipeline(grid, schedule=schedule, precision=precision, tie_embeddings=tied)
+    held = []
+    for rank in grid.group("pipeline", 0):
+        place = Place(grid, rank)
+        tables = rank_tables(asked, place)
+        ends = [EMBEDDING] * any(chunk.embedding for chunk, _ in tables)
+        ends += [OUTPUT] * any(chunk.head for chunk, _ in tables)
+        table = [shard for _, shards in tables for shard in shards]
+        state = ParameterState(table, DTYPES[precision], CPU, ends if tied else ())
+        actions = run_schedule(asked, grid).actions[place.along("pipeline")]
+        held.append(rank_bytes(asked, place, actions))
+        check_buffers(held[-1], state)
+    assert held_bytes(asked, grid) in held
+    assert sum(held_bytes(asked, grid).values()) == max(sum(sizes.values()) for sizes in held)
+
+
+@pytest.mark.parametrize("schedule", NAMES)
+def test_saved_sets_are_as_many_as_the_schedule_promises(schedule):
+    """With chunks of one size a set is so many layers; here of 4 ranks with 8 layers."""
+    grid = Grid(data=2, pipeline=4)
+    asked = pipeline(grid, schedule=schedule, stage_layers="even")
+    layers = 8 // (4 * asked.parallel.chunks_per_rank)
+    a_layer = saved_bytes(asked.model, "linear_outputs", 2, 32)
+    state = weight_state_bytes(asked.model, 2, 32)
+    split = 0
+    for stage, actions in enumerate(run_schedule(asked, grid).actions):
+        sizes = rank_bytes(asked, Place(grid, grid.group("pipeline", 0)[stage]), actions)
+        assert sizes["saved activations"] == peak_in_flight(actions) * layers * a_layer
+        waiting = peak_weight_states(actions)
+        assert sizes.get("saved from B to W", 0) == waiting * layers * state
+        split += waiting
+    assert bool(split) == schedule.startswith("zb")
+
+
+def test_1f1b_by_hand():
+    """Rank r of 4 holds 4 - r micro-batches of its layers; of 3, 1, 1 and 3 rank 0 the most."""
+    grid = Grid(pipeline=4)
+    asked = pipeline(grid, stage_layers=[3, 1, 1, 3])
+    a_layer = saved_bytes(asked.model, "linear_outputs", 2, 32)
+    lists = run_schedule(asked, grid).actions
+    ranks = [rank_bytes(asked, Place(grid, rank), lists[rank]) for rank in range(4)]
+    found = [sizes["saved activations"] for sizes in ranks]
+    assert found == [n * a_layer for n in (4 * 3, 3 * 1, 2 * 1, 1 * 3)]
+
+
+def test_chunks_of_a_rank_count_with_their_own_layers():
+    """Interleaved on one rank, chunks of 1, 2 and 5 layers and one micro-batch: all are held."""
+    asked = pipeline(Grid(), schedule="interleaved", virtual_stages=3, stage_layers=[1, 2, 5])
+    (actions,) = run_schedule(asked, Grid(), 1).actions
+    assert peak_layers(actions, {0: 1, 1: 2, 2: 5}, "F", ("B", "BW")) == 8
+    assert peak_layers(actions, {0: 1, 1: 2, 2: 5}, "B", ("W",)) == 0
+
+
+def test_an_early_step_keeps_this_rank_s_optimizer_state_and_gradients():
+    """Masters, two moments and gradients: 16 bytes of fp32 for each parameter that it has."""
+    grid = Grid(data=2, pipeline=2)
+    plain, early = (held_bytes(pipeline(grid, early_step=on), grid) for on in (False, True))
+    assert early.pop("kept for early_step") == plain["masters"] + 1.5 * plain["moments"]
+    assert early == plain

@@ -100,7 +100,7 @@ def test_what_waits_for_w_at_65b_on_eight_ranks():
     gradients, attention's output and three times that of gradients."""
     stream, act, heads = 1024 * 8192, 8192 * 2752, 8192 * 8 * 128
     expected = 2 * (4 * stream + act + 2 * act + heads + 3 * heads)
-    assert weight_state_bytes(M65, BF16, 8192, 8) == expected == 270_532_608
+    assert weight_state_bytes(M65, BF16, 8192, 8) == expected == 269_484_032
     # Of each token in units of D, all divided by the ranks: 4·2 + 3·2·F/D + 4·2.
     assert expected == 8192 // 8 * (16 * D + 6 * F)
 

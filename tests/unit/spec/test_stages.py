@@ -204,14 +204,6 @@ def test_a_tied_embedding_has_a_copy_where_the_head_is_on_another_rank(schedule,
             ]
 
 
-@pytest.mark.parametrize("schedule", NAMES)
-def test_alone_a_run_of_a_pipeline_is_one_chunk(schedule):
-    asked = run({"tie_embeddings": True}, schedule=schedule, pipeline=4, stage_layers="even")
-    ((chunk, table),) = rank_tables(asked, ALONE)
-    assert chunk == Chunk(0, range(8), embedding=True, head=True)
-    assert table == shard_table(parameter_table(asked.model), ALONE)
-
-
 def test_one_pipeline_rank_may_have_several_chunks():
     asked = run(schedule="interleaved", virtual_stages=4, stage_layers=[1, 2, 2, 3])
     layers = [list(chunk.layers) for chunk, _ in rank_tables(asked, ALONE)]

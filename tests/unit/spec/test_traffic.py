@@ -3,30 +3,36 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from megallama.config.load import parse_config
-from megallama.config.schema import Config, Model
+from megallama.config.schema import Config, Model, Parallel
+from megallama.spec.collectives import NOTHING, Count, Stream, Traffic
 from megallama.spec.grid import Grid, Place
+from megallama.spec.groups import run_schedule
 from megallama.spec.logits import chunk_count, chunk_length
 from megallama.spec.parameters import parameter_table
 from megallama.spec.saved import POLICIES
+from megallama.spec.schedules.actions import passes
+from megallama.spec.schedules.build import NAMES
 from megallama.spec.shards import shard_table
+from megallama.spec.stages import Chunk, chunks_of, owners_of
 from megallama.spec.traffic import (
-    NOTHING,
-    Count,
-    Stream,
-    Traffic,
+    chunk_pass,
     embedding_backward,
     embedding_forward,
     gathered_weights,
     head_forward,
     initial_traffic,
     layer_backward,
+    layer_backward_activations,
+    layer_backward_weights,
     layer_forward,
-    micro_batch,
+    pass_traffic,
     recompute,
     reduced_gradients,
     step_traffic,
@@ -94,6 +100,13 @@ def test_the_ends_of_the_65b_model():
     assert head_forward(M65, loss_chunks=3).counts == head
 
 
+def micro_batch(stream: Stream, layers: int, policy: str, loss_chunks: int) -> Traffic:
+    """Forward and backward of a whole model."""
+    whole = Chunk(0, range(layers), embedding=True, head=True)
+    passes = (chunk_pass(kind, whole, stream, policy, loss_chunks) for kind in ("F", "BW"))
+    return sum(passes, NOTHING)
+
+
 def test_a_65b_micro_batch():
     """80 layers · 10 · 112 MiB = 87.5 GiB, the ends' 4 · 112 MiB, the statistics' 448 KiB."""
     counts = micro_batch(M65, 80, "linear_outputs", loss_chunks=1).counts
@@ -107,6 +120,30 @@ def test_one_tensor_rank_sends_nothing():
     for sequence_parallel in (True, False):
         stream = Stream(4096, 8192, 2, ranks=1, sequence_parallel=sequence_parallel)
         assert micro_batch(stream, 80, "layer_input", loss_chunks=4) == NOTHING
+
+
+@pytest.mark.parametrize(
+    "policy, gathers, scatters",
+    [
+        ("all", 2, 2),
+        ("linear_outputs", 2, 2),
+        ("no_attention_output", 2, 2),
+        ("no_gate_up", 3, 2),  # n2, to have gate and up again
+        ("layer_input", 4, 3),  # and n1, to have q, k and v; and what Wo returned
+    ],
+)
+def test_a_split_backward_at_65b(policy, gathers, scatters):
+    """B gathers dz and dx2; W, for its gradients, dz, dx2, n1 and n2."""
+    b, w = layer_backward_activations(M65, policy).counts, layer_backward_weights(M65).counts
+    assert b == {GATHER: Count(gathers, gathers * ONE), SCATTER: Count(scatters, scatters * ONE)}
+    assert w == {GATHER: Count(4, 4 * ONE)}
+
+
+def test_a_split_backward_without_sequence_parallelism_sends_no_more():
+    stream = replace(M65, sequence_parallel=False)
+    assert layer_backward_weights(stream) == NOTHING
+    for policy in POLICIES:
+        assert layer_backward_activations(stream, policy) == layer_backward(stream, policy)
 
 
 def test_a_65b_layer_s_bucket_over_256_data_ranks():
@@ -166,7 +203,7 @@ def test_a_whole_small_step():
     }
     for place in places(run, tensor=2, data=2):
         assert step_traffic(run, place, "cpu").counts == step
-        left_out = step_traffic(run, place, "cpu", applied=False).counts
+        left_out = step_traffic(run, place, "cpu", updates=0).counts
         assert left_out == {k: c for k, c in step.items() if k != ("data", "all_gather_rows")}
         assert initial_traffic(run, place).counts == {("data", "all_gather_rows"): Count(4, 20_288)}
 
@@ -217,3 +254,156 @@ def test_the_loss_s_chunks_fit_the_budget(tokens, budget, chunks):
     length = chunk_length(tokens, 50, 2, budget * 100)
     assert length <= max(1, budget)
     assert (chunks - 1) * length < tokens <= chunks * length
+
+
+def pipeline(schedule: str, tensor: int = 2, **parallel: object) -> Config:
+    """Eight layers, 8 micro-batches of 16 tokens; one of the stream's collectives sends 1024."""
+    return config(
+        model={"layers": 8},
+        parallel={"tensor": tensor, "pipeline": 2, "schedule": schedule, **parallel},
+    )
+
+
+def test_a_step_of_two_stages():
+    """tp=2, pp=2, 8 layers, 8 micro-batches, fp32: 5 layers with the embedding, 3 with the head.
+
+    Gathers of stage 0: 5·6 + 1; of stage 1: 3·6 + 1 and the statistics 2·16·4 = 128; scatters 5·4 +
+    1 and 3·4 + 1. A rank's half of the stream, 1024 bytes, goes up and its gradient down. Norms: 10
+    of 32 elements, and 7 with the final one; all-reduces of halves, twice: 32·4 bytes each.
+    The step's sum: 3·8 + 51 parameters + 3 requests = 78 fp64 over 4 ranks: 2·3·20·8 = 960.
+    """
+    run = pipeline("1f1b", stage_layers=[5, 3])
+    ups, downs = "pipeline 0>1", "pipeline 1>0"
+    message = Count(8, 8 * 1024)
+    stages = (
+        {
+            ("tensor", "all_gather"): Count(8 * 31, 8 * 31 * 1024),
+            ("tensor", "reduce_scatter"): Count(8 * 21, 8 * 21 * 1024),
+            ("tensor", "all_reduce"): Count(1, 10 * 128),
+            ("world", "all_reduce"): Count(1, 960),
+            (ups, "send"): message,
+            (downs, "receive"): Count(8, 0),
+        },
+        {
+            ("tensor", "all_gather"): Count(8 * (19 + 1), 8 * (19 * 1024 + 128)),
+            ("tensor", "reduce_scatter"): Count(8 * 13, 8 * 13 * 1024),
+            ("tensor", "all_reduce"): Count(1, 7 * 128),
+            ("world", "all_reduce"): Count(1, 960),
+            (ups, "receive"): Count(8, 0),
+            (downs, "send"): message,
+        },
+    )
+    for place in places(run, tensor=2, pipeline=2):
+        assert step_traffic(run, place, "cpu").counts == stages[place.along("pipeline")]
+
+
+def test_a_step_of_two_stages_with_split_backwards():
+    """As above, with 2 + 2 + 4 gathers of a layer where a backward is split, and 2 + 4 where the
+    first stage joins it, whose gradient goes to no other rank; the embedding has 1 either way."""
+    run = pipeline("zb-h1", stage_layers=[5, 3])
+    grid = Grid(tensor=2, pipeline=2)
+    kinds = [Counter(p.kind for p in passes(a)) for a in run_schedule(run, grid).actions]
+    assert kinds[1] == {"F": 8, "B": 8, "W": 8}
+    assert kinds[0]["BW"] + kinds[0]["W"] == 8
+    gathers = (5 * (8 * 8 - 2 * kinds[0]["BW"]) + 8, 8 * (3 * 8 + 1))
+    statistics = Count(8, 8 * 128)
+    for stage, scatters in enumerate((21, 13)):
+        counts = pass_traffic(run, Place(grid, 2 * stage), "cpu").counts
+        calls, sent = (stage * n for n in statistics)
+        assert counts[GATHER] == Count(gathers[stage] + calls, gathers[stage] * 1024 + sent)
+        assert counts[SCATTER] == Count(8 * scatters, 8 * scatters * 1024)
+
+
+@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize("policy", ["linear_outputs", "layer_input"])
+def test_stages_together_send_what_one_sends(schedule, policy):
+    """A pipeline moves no collective of a pass but for what split backwards gather again."""
+    run = config(
+        model={"layers": 8},
+        train={"saved_activations": policy},
+        parallel={"tensor": 2, "pipeline": 4, "schedule": schedule},
+    )
+    grid = Grid(tensor=2, pipeline=4)
+    total = sum((pass_traffic(run, Place(grid, 2 * r), "cpu") for r in range(4)), NOTHING).counts
+    alone = run.model_copy(update={"parallel": Parallel(tensor=2)})
+    whole = dict(pass_traffic(alone, Place(Grid(tensor=2), 0), "cpu").counts)
+    layers = {chunk.index: len(chunk.layers) for chunk in chunks_of(run, grid)}
+    passed = [one for actions in run_schedule(run, grid).actions for one in passes(actions)]
+    # W gathers dz and dx2 again, and n2 where B needed it to have gate and up.
+    again = 2 if policy == "linear_outputs" else 3
+    extra = again * sum(layers[one.chunk] for one in passed if one.kind == "W")
+    assert bool(extra) == schedule.startswith("zb")
+    whole["tensor", "all_gather"] = Count(
+        whole["tensor", "all_gather"].calls + extra,
+        whole["tensor", "all_gather"].bytes + extra * 1024,
+    )
+    assert {key: count for key, count in total.items() if key[0] == "tensor"} == whole
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("schedule", NAMES)
+def test_every_boundary_between_ranks_is_crossed_once_each_way(schedule, sequence_parallel):
+    """By 8 micro-batches, with 2048 bytes over the tensor ranks, or as much from each of them."""
+    run = pipeline(schedule, sequence_parallel=sequence_parallel)
+    grid = Grid(tensor=2, pipeline=2)
+    owners = owners_of(run, grid)
+    crossings = Counter((a, b) for a, b in pairwise(owners) if a != b)
+    crossings.update({(b, a): n for (a, b), n in Counter(crossings).items()})
+    found = [pass_traffic(run, place, "cpu").counts for place in places(run, tensor=2, pipeline=2)]
+    size = 1024 if sequence_parallel else 2048
+    for (source, destination), times in crossings.items():
+        group = f"pipeline {source}>{destination}"
+        for rank, counts in enumerate(found):
+            sent = Count(8 * times, 8 * times * size) if rank // 2 == source else None
+            assert counts.get((group, "send")) == sent
+            received = Count(8 * times, 0) if rank // 2 == destination else None
+            assert counts.get((group, "receive")) == received
+    assert sum(key[1] == "send" for key in found[0]) == len([c for c in crossings if c[0] == 0])
+
+
+def test_a_tied_embedding_is_summed_between_the_two_that_have_it():
+    """64 x 32 over two tensor and two data ranks: 512 elements of a rank, fp32: 2 · 256 · 4.
+
+    The copy's bucket travels between data ranks as an output projection's would, and is gathered.
+    """
+    run = config(
+        model={"layers": 4, "tie_embeddings": True},
+        parallel={"tensor": 2, "data": 2, "pipeline": 4},
+    )
+    untied = run.model_copy(
+        update={"model": run.model.model_copy(update=dict(tie_embeddings=False))}
+    )
+    for place in places(run, tensor=2, data=2, pipeline=4):
+        counts, others = (dict(step_traffic(c, place, "cpu").counts) for c in (run, untied))
+        both_ends = place.along("pipeline") in (0, 3)
+        assert counts.pop(("tied", "all_reduce"), None) == (Count(1, 2048) if both_ends else None)
+        world = ("world", "all_reduce")  # of the whole model, which has one parameter fewer
+        assert counts.pop(world).bytes == 2 * 15 * -(-(3 * 8 + 26 + 3) // 16) * 8
+        assert others.pop(world).bytes == 2 * 15 * -(-(3 * 8 + 27 + 3) // 16) * 8
+        assert counts == others
+
+
+def test_a_tied_embedding_on_one_rank_travels_once():
+    run = config(
+        model={"layers": 4, "tie_embeddings": True},
+        parallel={"tensor": 2, "data": 2, "pipeline": 2, "schedule": "zb-v"},
+    )
+    for place in places(run, tensor=2, data=2, pipeline=2):
+        assert not any(group == "tied" for group, _ in step_traffic(run, place, "cpu").counts)
+
+
+def test_an_early_step_counts_the_tokens_first_and_gathers_again_when_undone():
+    """The tokens: one fp64 among 2 data ranks, 2·1·1·8 bytes."""
+    plain, early = (
+        config(parallel={"data": 2, "pipeline": 2, "early_step": on}) for on in (False, True)
+    )
+    gather = ("data", "all_gather_rows")
+    for place in places(plain, data=2, pipeline=2):
+        before, after = (dict(step_traffic(c, place, "cpu").counts) for c in (plain, early))
+        assert after.pop(("data", "all_reduce")) == Count(1, 16)
+        assert after == before
+        # An update that is taken back: the old weights, or clipped ones, go round once more.
+        counts = step_traffic(early, place, "cpu", updates=2).counts
+        assert counts[gather] == Count(*(2 * n for n in before[gather]))
+    alone = config(parallel={"early_step": True})
+    assert step_traffic(alone, *places(alone), "cpu") == NOTHING

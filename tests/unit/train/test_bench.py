@@ -13,7 +13,7 @@ from megallama.spec.flops import flops_per_token
 from megallama.spec.grid import ALONE
 from megallama.train.bench import batches, bench
 from megallama.train.build import build_dataset, build_trainer
-from megallama.train.step import TrainStep
+from megallama.train.tally import Tally
 from tests.conftest import MakeConfig
 
 SYNTHETIC = {"data": None}
@@ -91,6 +91,6 @@ def test_real_batches_are_those_of_training(make_config: MakeConfig) -> None:
 def test_a_step_that_is_left_out_is_not_timed(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TrainStep, "_fault", lambda *_: "loss is nan")
+    monkeypatch.setattr(Tally, "_fault", lambda *_: "loss is nan")
     with pytest.raises(DivergedError, match="step 1 was left out"):
         bench(make_config(SYNTHETIC), steps=1, warmup=0)

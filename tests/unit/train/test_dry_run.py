@@ -70,3 +70,30 @@ def test_it_refuses_what_training_would(
     with pytest.raises(ConfigError, match=words):
         dry_run(make_config(changes))
     assert not (tmp_path / "runs").exists()
+
+
+def test_of_a_pipeline_it_shows_the_grid_and_the_chunks(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the memory of the rank that holds the most: the first, with two layers and the vocabulary
+    of the embedding, as large as the head's, and two micro-batches under way."""
+    keys = {"pipeline": 2, "tensor": 2, "schedule": "1f1b", "stage_layers": [2, 1]}
+    config = make_config({"model.layers": 3, **{f"parallel.{k}": v for k, v in keys.items()}})
+    assert dry_run(config, processes=4) == 0
+    out = capsys.readouterr().out
+    grid = Grid(tensor=2, pipeline=2)
+    assert f"{grid}\n" in out
+    assert "chunk 0, on pp 0: layers 0 to 1, embedding\n" in out
+    assert "chunk 1, on pp 1: layer 2, head\n" in out
+    for name, size in held_bytes(config, grid).items():
+        assert f"{name}: {size / 2**20:,.1f} MiB\n" in out
+    assert "on the rank that holds the most" in out
+
+
+def test_alone_there_is_no_grid_to_show(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(make_config())
+    out = capsys.readouterr().out
+    assert "chunk" not in out
+    assert "rank" not in out

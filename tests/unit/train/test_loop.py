@@ -22,6 +22,7 @@ from megallama.train import loop
 from megallama.train.build import build_dataset, build_trainer
 from megallama.train.job import train
 from megallama.train.metrics import MetricsWriter, Row, read_metrics
+from megallama.train.step import TrainStep
 from megallama.train.tally import Tally
 from megallama.train.trackers import Tracker
 from tests.conftest import MakeConfig, losses

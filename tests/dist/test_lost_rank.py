@@ -1,0 +1,158 @@
+"""A rank is killed or stopped in the middle of a step: every other one ends, and names it.
+
+The step is a pipeline's of four ranks, all of them forwards and then all backwards: receives are
+posted a pass before they are needed, and sends are waited for at the step's end. Ranks 0 and 1 have
+a tensor group as well. `Job` may as well make another step, of ranks that send the same messages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import Store
+
+from megallama.dist.connect import connect
+from megallama.dist.gloo import GlooGroup
+from megallama.dist.handle import Handle
+from megallama.errors import LostError
+from tests.dist.processes import LOCAL, run_on
+
+RANKS, MICRO_BATCHES = 4, 3
+TIMEOUT = timedelta(seconds=3)
+#: Seconds that a test may take: the timeout, 2 s in which the survivors agree, and 15 s for the
+#: start of four processes and three steps, which take 1 s on two idle cores.
+LIMIT = TIMEOUT.total_seconds() + 2 + 15
+
+#: From a rank and the store to its step, which is done again and again.
+Job = Callable[[int, Store], Callable[[], None]]
+
+
+def messages_only(rank: int, store: Store) -> Callable[[], None]:
+    """A job whose passes take no time."""
+    links = [(a, a + 1) for a in range(RANKS - 1)] + [(a + 1, a) for a in range(RANKS - 1)]
+    members = {f"pipeline {a}>{b}": (a, b) for a, b in links if rank in (a, b)}
+    if rank in (0, 1):
+        members["tensor"] = (0, 1)
+    groups = connect(store, rank, members, torch.device("cpu"), timeout=TIMEOUT, hostname=LOCAL)
+
+    def send(to: int, label: str) -> list[Handle[None]]:
+        there = 0 <= to < RANKS
+        return [groups[f"pipeline {rank}>{to}"].send(torch.ones(9), 1, label)] if there else []
+
+    def receive(source: int, kind: str) -> Callable[[], None]:
+        """Waits for the next micro-batch's message; the one after it is asked for before."""
+
+        def ask(number: int) -> Handle[Tensor] | None:
+            if not 0 <= source < RANKS or number == MICRO_BATCHES:
+                return None
+            label = f"{kind}({source}, {number})"
+            return groups[f"pipeline {source}>{rank}"].receive(torch.empty(9), 0, label)
+
+        asked, count = [ask(0)], iter(range(1, MICRO_BATCHES + 1))
+
+        def wait() -> None:
+            asked.append(ask(next(count)))
+            if handle := asked.pop(0):
+                handle.wait()
+
+        return wait
+
+    def step() -> None:
+        sends: list[Handle[None]] = []
+        before = receive(rank - 1, "activations of F")
+        for number in range(MICRO_BATCHES):
+            if "tensor" in members:
+                groups["tensor"].all_reduce(torch.ones(9)).wait()
+            before()
+            sends += send(rank + 1, f"activations of F({rank}, {number})")
+        behind = receive(rank + 1, "gradient of B")
+        for number in range(MICRO_BATCHES):
+            behind()
+            sends += send(rank - 1, f"gradient of B({rank}, {number})")
+        for handle in sends:
+            handle.wait()
+
+    return step
+
+
+def end_at(label: str, step: int, ending: signal.Signals, store: Store) -> None:
+    """Have this process receive `ending` as it is about to send `label` in a step, from 0 on."""
+    send, left = GlooGroup.send, iter(range(step, -1, -1))
+
+    def fatal(group: GlooGroup, x: Tensor, peer: int, this: str = "") -> Handle[None]:
+        if this == label and next(left) == 0:
+            store.set("victim", str(os.getpid()))
+            os.kill(os.getpid(), ending)
+        return send(group, x, peer, this)
+
+    GlooGroup.send = fatal
+
+
+def survivors(job: Job, victim: int, label: str, ending: signal.Signals) -> list[LostError]:
+    """What the others raise when `victim` ends before it sends `label` in the third step."""
+
+    def body(rank: int, store: Store) -> LostError | None:
+        _meet(store, RANKS, "start")  # the timeout is no slow start's
+        step = job(rank, store)
+        if rank == victim:
+            end_at(label, 2, ending, store)
+        try:
+            while True:
+                step()
+        except LostError as error:
+            _meet(store, RANKS - 1, "end")  # nobody learns of anything from a survivor's end
+            if rank == (victim + 1) % RANKS:
+                os.kill(int(store.get("victim")), signal.SIGKILL)
+            return error
+
+    errors = run_on(RANKS, body, LIMIT, dies=[victim])
+    return [error for rank, error in enumerate(errors) if rank != victim]
+
+
+def _meet(store: Store, size: int, place: str) -> None:
+    store.add(place, 1)
+    while store.add(place, 0) < size:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "ending, victim, label, owed",
+    [
+        (signal.SIGKILL, 3, "gradient of B(3, 0)", {"send gradient of B(3, 0)"}),
+        (
+            signal.SIGKILL,
+            1,
+            "activations of F(1, 2)",
+            {"send activations of F(1, 2)", "send gradient of B(1, 0)"},
+        ),
+        (signal.SIGSTOP, 0, "activations of F(0, 1)", {"send activations of F(0, 1)"}),
+        (
+            signal.SIGSTOP,
+            2,
+            "gradient of B(2, 1)",
+            {"send gradient of B(2, 1)", "take gradient of B(3, 2)"},
+        ),
+    ],
+)
+def test_every_survivor_names_the_rank_and_what_it_owed(ending, victim, label, owed):
+    """`owed`: to each of its neighbours; which of them is heard first is chance."""
+    errors = survivors(messages_only, victim, label, ending)
+    verdicts = set()
+    for rank, error in zip([r for r in range(RANKS) if r != victim], errors, strict=True):
+        assert error.peer == victim
+        assert error.owed.removeprefix("to ") in owed
+        verdict, _, rest = str(error).partition("; this is rank ")
+        assert rest == f"{rank}; try again"
+        assert error.owed in verdict
+        verdicts.add(verdict)
+    assert len(verdicts) == 1
+    pattern = rf"rank {victim} is lost: rank \d waited for it to .* \(group 'pipeline \d>\d'\)"
+    assert re.fullmatch(pattern, verdicts.pop())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -96,10 +97,9 @@ class Pipeline:
         Raises:
             LostError: another rank does not answer.
         """
-        actions = self.schedule.actions[self.rank]
         run = _Run(self, passes)
-        for index, action in enumerate(actions):
-            run.do(action, actions[index + 1 :] if self.fill else ())
+        for action in self.schedule.actions[self.rank]:
+            run.do(action)
         for sent in run.sends:
             sent.wait()
 
@@ -114,12 +114,13 @@ class _Run:
     def __init__(self, pipeline: Pipeline, passes: ChunkPasses) -> None:
         self.pipeline, self.passes = pipeline, passes
         self.last = pipeline.schedule.chunks - 1
+        actions = pipeline.schedule.actions[pipeline.rank]
+        self.fillers = _fillers(actions) if pipeline.fill else {}
         self.here: dict[Key, Handle[Tensor]] = {}
         self.begun: dict[tuple[int, int], Beside[None]] = {}
         self.sends: list[Handle[None]] = []
 
-    def do(self, action: Action, following: Sequence[Action]) -> None:
-        """Run an action; `following` are those after it, which may fill its waits."""
+    def do(self, action: Action) -> None:
         if isinstance(action, Send):
             link = self.pipeline.links[self.pipeline.rank, action.peer]
             x = self.here.pop(_key(action)).wait()
@@ -131,22 +132,20 @@ class _Run:
         else:
             taken = self._inputs(action)
             begin = time.monotonic()
-            self._run(action, taken, following)
+            self._run(action, taken)
             self._record(action, begin)
 
-    def _run(
-        self, action: Action, taken: Sequence[Tensor | None], following: Sequence[Action]
-    ) -> None:
+    def _run(self, action: Action, taken: Sequence[Tensor | None]) -> None:
         if isinstance(action, Fused):
             self._fused(action, taken)
         elif isinstance(action, Compute):
-            self._compute(action, taken[0], following)
+            self._compute(action, taken[0])
         elif isinstance(action, Reduce):
             self.passes.reduce(action.chunk)
         elif isinstance(action, Step):
             self.passes.step()
 
-    def _compute(self, one: Compute, x: Tensor | None, following: Sequence[Action]) -> None:
+    def _compute(self, one: Compute, x: Tensor | None) -> None:
         if one.kind == "F":
             self._made(one, drive(self.passes.forward(one.chunk, one.micro_batch, x)))
         elif one.kind == "BW":
@@ -154,9 +153,8 @@ class _Run:
             self._made(one, drive(self._backward(one, x, queue), queue))
         elif one.kind == "B":
             backward = self.passes.backward_activations(one.chunk, one.micro_batch, x)
-            # With only itself to run, a B's collectives would be bare: the W that is next goes on
-            # in its waits.
-            self._made(one, drive(backward, self._begin_next_weights(one, following)))
+            filler = self.fillers.get(one)
+            self._made(one, drive(backward, self._weights(filler) if filler else None))
         else:
             self._weights(one).finish()
             del self.begun[one.chunk, one.micro_batch]
@@ -182,16 +180,6 @@ class _Run:
         if key not in self.begun:
             self.begun[key] = Beside(self.passes.backward_weights(*key))
         return self.begun[key]
-
-    def _begin_next_weights(self, one: Compute, following: Sequence[Action]) -> Beside[None] | None:
-        """The W that is the next pass after `one`, unless it is that pass's own."""
-        for action in following:
-            if isinstance(action, Compute | Fused):
-                if isinstance(action, Compute) and action.kind == "W":
-                    own = (action.chunk, action.micro_batch) == (one.chunk, one.micro_batch)
-                    return None if own else self._weights(action)
-                return None
-        return None
 
     def _inputs(self, action: Action) -> list[Tensor | None]:
         """Wait for what the action's passes take."""
@@ -221,3 +209,17 @@ class _Run:
 
 def _key(message: Message) -> Key:
     return message.what, message.chunk, message.micro_batch
+
+
+def _fillers(actions: Sequence[Action]) -> dict[Compute, Compute]:
+    """B → the W that is the next pass of its list, if it is not B's own.
+
+    With only itself to run, a B's collectives would be bare; that W goes on in its waits.
+    """
+    return {
+        b: w
+        for b, w in pairwise(a for a in actions if isinstance(a, Compute | Fused))
+        if isinstance(b, Compute) and isinstance(w, Compute)
+        if (b.kind, w.kind) == ("B", "W")
+        if (b.chunk, b.micro_batch) != (w.chunk, w.micro_batch)
+    }

@@ -7,8 +7,8 @@ import torch
 
 from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
-from megallama.model.chunk import HEAD
-from megallama.spec.saved import POLICIES, saved_bytes
+from megallama.model.chunk import EMBEDDING, HEAD
+from megallama.spec.saved import POLICIES, WEIGHT_STATE, saved_bytes, weight_state_bytes
 from tests.harness import build_model, flat, forward_backward, micro_batch, model_config, parts
 from tests.reference import Batch, Shape, random_batch, random_weights
 
@@ -40,6 +40,33 @@ def test_policies(shape, dtype, batch):
         assert torch.equal(outcome.loss, reference.loss)
         for name, grad in reference.grads.items():
             assert torch.equal(outcome.grads[name], grad), (policy, name)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS.keys())
+def test_a_backward_in_two_parts(shape, dtype, policy, batch):
+    """The same bits as in one; what is kept between the two are the bytes that `spec` declares."""
+    weights, config = random_weights(shape), model_config(shape)
+    reference = forward_backward(build_model(shape, weights, dtype, policy), batch)
+    model = build_model(shape, weights, dtype, policy)
+    chunk, ours, stash, state = model.chunks[0], micro_batch(model, *batch), Stash(), Stash()
+    drive(chunk.forward(ours, None, stash))
+    assert drive(chunk.backward(ours, None, stash, state)) is None
+    assert len(stash) == 0
+    assert all(state.peek(layer).keys() == WEIGHT_STATE for layer in range(shape.layers))
+    state.take(EMBEDDING)
+    declared = weight_state_bytes(config, dtype.itemsize) * shape.layers * SAMPLES * LENGTH
+    assert state.bytes_held() == declared
+
+    state = Stash()
+    model, stash = build_model(shape, weights, dtype, policy), Stash()
+    drive(model.chunks[0].forward(ours, None, stash))
+    drive(model.chunks[0].backward(ours, None, stash, state))
+    drive(model.chunks[0].backward_weights(ours, state))
+    assert len(state) == 0
+    for name, grad in parts(model.state, model.state.gradients).items():
+        assert torch.equal(grad, reference.grads[name]), name
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -209,7 +209,7 @@ def test_a_gradient_that_has_not_landed_is_refused():
     for name in one.state.gradients:
         if name != "layers.0.wo":
             one.state.landed(name)
-    with pytest.raises(RuntimeError, match=r"chunk 0: gradients have not landed for \['layers\.0\.wo'\]"):
+    with pytest.raises(RuntimeError, match=r"chunk 0: .* not landed for \['layers\.0\.wo'\]"):
         one.zero.finish_gradients()
     assert not any("wait" in entry for entry in one.log)
 
@@ -256,7 +256,8 @@ def test_masters_change_only_when_no_weight_is_on_its_way():
     one = rig(tied=True)
     with one.zero.changing_masters():
         pass
-    drive(one.model.chunks[0].embedding.forward(torch.tensor([0])))  # takes the first bucket's handle
+    embedding = one.model.chunks[0].embedding
+    drive(embedding.forward(torch.tensor([0])))  # takes the first bucket's handle
     one.log.clear()
     with one.zero.changing_masters():
         one.log.append("masters change")

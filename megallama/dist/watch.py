@@ -54,15 +54,13 @@ def missing(said: Sequence[Wait]) -> list[Wait]:
     """
     of_rank = {wait.rank: wait for wait in said}
     ends: dict[int, Wait] = {}
-    for wait in said:
+    for wait in (wait for wait in said if wait.failed):
         passed: set[int] = set()
-        while wait.failed or passed:
-            if wait.peer not in of_rank:
-                ends.setdefault(wait.peer, wait)
-            if wait.peer not in of_rank or wait.rank in passed:
-                break
-            passed.add(wait.rank)
+        while wait.peer in of_rank and wait.peer not in passed:
             wait = of_rank[wait.peer]
+            passed.add(wait.rank)
+        if wait.peer not in of_rank:
+            ends.setdefault(wait.peer, wait)
     return [ends[peer] for peer in sorted(ends)]
 
 

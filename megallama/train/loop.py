@@ -25,6 +25,7 @@ from megallama.train.build import Trainer
 from megallama.train.console import Console
 from megallama.train.meeting import Meeting
 from megallama.train.metrics import MetricsWriter
+from megallama.train.profile import Profile
 from megallama.train.signals import StopSignals
 from megallama.train.snapshot import Progress, save
 from megallama.train.tally import StepResult
@@ -59,6 +60,7 @@ class Loop:
         self.directory: Path = self.config.run.directory
         self.total_steps = self.config.train.total_steps
         self.ranks = trainer.place.grid.size
+        self.profile = Profile(trainer, meeting, console.message)
 
     def run(self, stop: StopSignals) -> int:
         """Train; return the exit code. Whatever stops all ranks alike, the last step is saved.
@@ -87,7 +89,9 @@ class Loop:
             return (*codes, time.monotonic() > deadline)
 
         while self.progress.step < self.total_steps:
+            self.profile.before(self.progress.step + 1)
             agreed = self._step(requests)
+            self.profile.after(self.progress.step)
             every = self.config.checkpoint.every
             if every and self.progress.step % every == 0 and not self.progress.failures:
                 self._save()

@@ -66,7 +66,7 @@ def peaks(simulation: Simulation) -> Row:
 
 
 def waits_row(schedule: Schedule, unit: float, rounds: Sequence[Walk]) -> Row:
-    """A schedule with F = B = W = `unit` seconds: simulated, measured, and how late passes began."""
+    """A schedule with F = B = W = `unit` seconds: simulated, measured, how late passes began."""
     simulation = simulate(schedule, unit, unit, unit)
     work = 3 * unit * schedule.micro_batches
     late: dict[str, list[float]] = {"pass": [], "message": []}

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import FileStore, PrefixStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from megallama.autograd.passes import Pass, WgradQueue
 from megallama.config.load import parse_config
 from megallama.data.dataset import Batch
+from megallama.dist.compat import PrefixStore, Store
 from megallama.dist.connect import Groups, connect
 from megallama.dist.recorder import Recorder
 from megallama.parallel.pipeline import Pipeline
@@ -105,7 +106,7 @@ class Waits:
 class Rank:
     """What a rank is asked; every method answers something that pickles."""
 
-    def __init__(self, rank: int, size: int, store: FileStore) -> None:
+    def __init__(self, rank: int, size: int, store: Store) -> None:
         self.rank, self.size, self.store = rank, size, store
         self.trainers: dict[str, Trainer] = {}
         self.batches: dict[str, Batch] = {}

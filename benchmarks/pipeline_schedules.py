@@ -19,9 +19,8 @@ import datetime
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline_figures import Row, passes_over_simulated, spread, steps_row, waits_row
 from pipeline_rank import Ranks, Step, Walk, schedule_of
@@ -29,17 +28,19 @@ from pipeline_rank import Ranks, Step, Walk, schedule_of
 from megallama.spec.schedules.build import NAMES, default_virtual_stages
 
 #: Seconds of F, of B and of W of a rank's whole share of a micro-batch, and the bytes of a message.
-UNIT, MESSAGE = 0.02, 256 * 1024
-#: Pipeline ranks, and micro-batches a rank.
-STAGES, PER_STAGE = (4, 8), (2, 4)
-#: Sleeps that tell by how much a sleep is late, micro-batches that passes of no length are timed
-#: over, and rounds of each experiment: some 4 minutes in all.
+UNIT, MESSAGE = 0.04, 256 * 1024
+#: Pipeline ranks; and micro-batches a rank, with the rounds of each.
+STAGES = (4, 8)
+PER_STAGE = {2: 3, 4: 2}
+#: Sleeps that tell by how much a sleep is late, and micro-batches that passes of no length are
+#: timed over.
 SLEEPS, MANY = 50, 1000
-ROUNDS = dict(waits=3, overhead=5, compute=7)
+#: Rounds; with those of the waits the whole takes some 5 minutes.
+ROUNDS = dict(overhead=5, compute=5)
 
 #: A stage's F of a micro-batch takes some 50 ms on one core; the vocabulary is small because the
 #: head is on one rank alone and the simulation knows of no such difference.
-MODEL = dict(d_model=512, layers=8, heads=8, kv_heads=8, ffn=1408, vocab=256)
+MODEL = dict(d_model=512, layers=4, heads=8, kv_heads=8, ffn=1408, vocab=256)
 MICRO_BATCHES = 8
 TRAIN = dict(
     steps=1,
@@ -48,22 +49,23 @@ TRAIN = dict(
     global_batch=MICRO_BATCHES,
     precision="fp32",
 )
-COMPUTED = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
+COMPUTED = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 ALONE = "one process"
+PARTS = ("waits", "overhead", "compute")
 
 
-def waits(rounds: int, stages: Sequence[int], per_stage: Sequence[int]) -> Row:
-    """Every schedule over waits, by ranks and micro-batches."""
+def waits(rounds: Mapping[int, int]) -> Row:
+    """Every schedule over waits, by ranks and micro-batches; `rounds` by micro-batches a rank."""
     results: Row = {}
-    for p in stages:
+    for p in STAGES:
         with Ranks(p) as ranks:
             ranks.ask("rush", name="gpipe", micro_batches=1, training=True)  # connects the links
             # A sleep ends some 0.1 ms late, 1% of a chunk's pass. A shorter one meets the mark; to
             # spin until then would take the cores from other ranks.
             late = statistics.median(ranks.ask("lateness", seconds=UNIT / 2, count=SLEEPS))
-            for m in (p * n for n in per_stage):
-                results[f"p={p} m={m}"] = waits_of(ranks, rounds, p, m, late)
-    return dict(unit_seconds=UNIT, message_bytes=MESSAGE, rounds=rounds, results=results)
+            for n, count in rounds.items():
+                results[f"p={p} m={n * p}"] = waits_of(ranks, count, p, n * p, late)
+    return dict(unit_seconds=UNIT, message_bytes=MESSAGE, results=results)
 
 
 def waits_of(ranks: Ranks, rounds: int, p: int, m: int, late: float) -> Row:
@@ -167,10 +169,8 @@ def show_delays(results: Mapping[str, Row]) -> None:
 
 
 def show_compute(result: Row) -> None:
-    """A Markdown table of the training steps."""
-    print(
-        "\n| p = 2 | s/step | speed-up over one process | F, B, W or BW, ms | passes over simulated |"
-    )
+    """A Markdown table of the training steps; speed-up over one process."""
+    print("\n| p = 2 | s/step | speed-up | F, B, W or BW, ms | passes over simulated |")
     print("|---|---:|---:|---:|---:|")
     for name, row in result["results"].items():
         lengths = ", ".join(
@@ -197,9 +197,9 @@ def measure(args: argparse.Namespace) -> Row:
     found: Row = {}
     rounds = {name: 1 if args.quick else count for name, count in ROUNDS.items()}
     if "waits" in args.only:
-        per_stage = PER_STAGE[:1] if args.quick else PER_STAGE
-        found["waits"] = waits(rounds["waits"], STAGES, per_stage)
-        for n in per_stage:
+        of_waits = {2: 1} if args.quick else PER_STAGE
+        found["waits"] = waits(of_waits)
+        for n in of_waits:
             show_waits(found["waits"]["results"], n)
         print()
         show_delays(found["waits"]["results"])
@@ -216,7 +216,7 @@ def measure(args: argparse.Namespace) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs="+", choices=ROUNDS, default=list(ROUNDS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="one round of less: for a trial")
     args = parser.parse_args()
     results = measure(args)

@@ -71,9 +71,38 @@ REFUSED: dict[str, tuple[str, str]] = {
         "--nproc 4 parallel.data=2",
         r"parallel.tensor=1 x parallel.data=2: 4 processes do not make this grid; start 2 .*",
     ),
-    "pipeline": (
-        "--nproc 2 parallel.pipeline=2",
-        r"parallel.pipeline=2: this version runs no pipeline; set it to 1",
+    "stages": (
+        "--nproc 4 parallel.pipeline=4",
+        r"parallel.pipeline=4: x 1 chunk on a rank exceeds model.layers=2, .* fits is 2",
+    ),
+    "virtual-stages": (
+        "--nproc 2 parallel.pipeline=2 parallel.schedule=interleaved",
+        r"parallel.pipeline=2: x 2 chunks on a rank exceeds model.layers=2, .* fits is 1",
+    ),
+    "zb-v": (
+        "--nproc 2 parallel.pipeline=2 parallel.schedule=zb-v parallel.virtual_stages=3 "
+        "model.layers=6",
+        r"parallel.virtual_stages=3: parallel.schedule=zb-v takes 2; leave it out, or .*",
+    ),
+    "schedule": (
+        "--nproc 2 parallel.pipeline=2 parallel.schedule=zbh1",
+        r"parallel.schedule=zbh1: is not a choice; use 'gpipe', .*",
+    ),
+    "split": (
+        "--nproc 2 parallel.pipeline=2 parallel.stage_layers=[2,1]",
+        r"parallel.stage_layers=\[2, 1\]: sums to 3, not model.layers=2; give 2 .*",
+    ),
+    "split-of-three": (
+        "--nproc 2 parallel.pipeline=2 parallel.stage_layers=[1,1,1]",
+        r"parallel.stage_layers=\[1, 1, 1\]: has 3 entries for 2 chunks; give 2 .*",
+    ),
+    "too-few-for-stages": (
+        "--nproc 3 parallel.pipeline=2",
+        r"parallel.tensor=1 x parallel.pipeline=2: 3 processes do not make this grid; start 2 .*",
+    ),
+    "one-for-stages": (
+        "parallel.pipeline=2 parallel.tensor=2",
+        r"parallel.tensor=2 x parallel.pipeline=2: 1 process does not .*; start 4 .*",
     ),
     "no-process": ("--nproc 0", r"--nproc 0: at least 1 process is needed"),
     "no-number": ("--nproc two", r"argument --nproc: invalid int value: 'two'; see .*"),
@@ -103,6 +132,11 @@ DIFFERENT: dict[str, tuple[str, str, str]] = {
     "seed": ("run.seed=1", "run.seed=2", "run.seed: rank 1 has 2, rank 0 has 1"),
     "rate": ("", "optimizer.lr=0.5", "optimizer.lr: rank 1 has 0.5, rank 0 has 0.003"),
     "layout": ("parallel.tensor=2", "", "parallel.tensor: rank 1 has 1, rank 0 has 2"),
+    "schedules": (
+        "parallel.pipeline=2 parallel.schedule=zb-h1",
+        "parallel.pipeline=2 parallel.schedule=zb-h2",
+        "parallel.schedule: rank 1 has zb-h2, rank 0 has zb-h1",
+    ),
     "run": ("", "run.name=other", "run.name: rank 1 has other, rank 0 has held"),
     "no-data-on-one": ("", "data.mixture.0.path=nowhere", "nowhere"),
     "no-tokenizer-on-one": ("data.tokenizer=nowhere.model", "", "nowhere.model"),

@@ -32,13 +32,32 @@ LAYOUTS = {
     "tensor": ["parallel.tensor=2", "--nproc", "2"],
     "data": ["--nproc", "2"],
     "grid": ["parallel.tensor=2", "parallel.data=2", "--nproc", "4"],
+    "pipeline": ["parallel.pipeline=2", "parallel.schedule=zb-h1", "--nproc", "2"],
+    "stages": [
+        "parallel.pipeline=2",
+        "parallel.tensor=2",
+        "parallel.schedule=zb-v",
+        "--nproc",
+        "4",
+    ],
+    "replicas": [
+        "parallel.pipeline=2",
+        "parallel.data=2",
+        "parallel.schedule=interleaved",
+        "parallel.early_step=true",
+        "--nproc",
+        "4",
+    ],
 }
-SIZES = {"one": 1, "tensor": 2, "data": 2, "grid": 4}
-FP32 = ["train.precision=fp32", "train.steps=6"]
+SIZES = {"one": 1, "tensor": 2, "data": 2, "grid": 4, "pipeline": 2, "stages": 4, "replicas": 4}
+FP32 = ["train.precision=fp32", "train.steps=6", "model.layers=2"]
 #: Run → its words. All train from the start without a stop.
 STRAIGHT = {
     **LAYOUTS,
-    **{f"{layout}-fp32": [*words, *FP32] for layout, words in LAYOUTS.items()},
+    **{
+        f"{layout}-fp32": [*LAYOUTS[layout], *FP32]
+        for layout in ("one", "tensor", "data", "grid", "pipeline")
+    },
     "grid-none": [*LAYOUTS["grid"], "parallel.overlap=none"],
     "grid-full": [*LAYOUTS["grid"], "parallel.overlap=full"],
     "grid-whole-sequence": [*LAYOUTS["grid"], "parallel.sequence_parallel=false"],
@@ -60,6 +79,8 @@ STOPS = {
     "stopped-tensor": Stop("tensor", 3, signal.SIGINT, 130),
     "stopped-data": Stop("data", 2, signal.SIGTERM, 75, worker=1),
     "stopped-grid": Stop("grid", 2, signal.SIGUSR1, 75),
+    "stopped-stages": Stop("stages", 2, signal.SIGTERM, 75),
+    "killed-replicas": Stop("replicas", 4, signal.SIGKILL, 69, worker=3),
     "killed-grid": Stop("grid", 4, signal.SIGKILL, 69, worker=2),
     "killed-tensor": Stop("tensor", 5, signal.SIGKILL, 69, worker=0),
 }
@@ -69,7 +90,13 @@ MOVES = {
     "one-to-grid": ("stopped-one", "grid"),
     "tensor-to-data": ("stopped-tensor", "data"),
     "killed-to-data": ("killed-grid", "data"),
+    "one-to-stages": ("stopped-one", "stages"),
+    "killed-to-replicas": ("killed-grid", "replicas"),
 }
+
+
+#: A copy of a stopped run of pipeline ranks that changes its layout twice.
+TWICE = "stages-to-data-to-tensor"
 
 
 class Bench:
@@ -119,6 +146,7 @@ class Bench:
         """Train all to the same step, a few side by side."""
         for name, (source, _) in MOVES.items():
             shutil.copytree(self.run(source), self.run(name))
+        shutil.copytree(self.run("stopped-stages"), self.run(TWICE))
         words = {
             **STRAIGHT,
             **{name: LAYOUTS[stop.layout] for name, stop in STOPS.items()},
@@ -145,7 +173,8 @@ class Bench:
 def bench(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("training")
     log = {"per_source": True, "layer_norms_every": 3}
-    bench = Bench(folder, write_config(folder, tiny_data, log=log))
+    # Four layers: two chunks for each of two pipeline ranks.
+    bench = Bench(folder, write_config(folder, tiny_data, log=log, model={"layers": 4}))
     bench.stop()
     bench.go_on()
     return bench
@@ -254,14 +283,14 @@ def test_a_checkpoint_holds_every_element_once(bench: Bench, layout: str) -> Non
 def test_text_is_generated_from_what_four_ranks_saved(bench: Bench) -> None:
     words = ("--prompt", "def x", "--tokens", "5")
     texts = []
-    for name in ("grid", "one"):
+    for name in ("grid", "stages", "one"):
         command = Command(
             bench.folder / "generate" / name, ["generate", str(bench.run(name)), *words]
         )
         code, output, error = command.end()
         assert (code, error) == (0, "")
         texts.append(output)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     assert texts[0].startswith("def x")
 
 
@@ -306,6 +335,28 @@ def test_a_run_goes_on_in_another_layout(bench: Bench, name: str) -> None:
     for tensor in reference.manifest.tensors:
         wanted = reference.read(tensor)
         assert (ours.read(tensor) - wanted).norm() <= 1e-11 * wanted.norm(), tensor
+
+
+def test_a_pipeline_alone_changes_no_bit(bench: Bench) -> None:
+    """Losses, validation losses and norms, of every row; and the weights, moments too."""
+    assert losses(bench.run("pipeline")) == losses(bench.run("one"))
+    ours, reference = bench.newest("pipeline"), bench.newest("one")
+    assert len(list(ours.directory.glob("*.safetensors"))) == 2
+    for name in reference.manifest.tensors:
+        assert torch.equal(ours.read(name), reference.read(name)), name
+
+
+def test_a_run_moves_on_from_layout_to_layout(bench: Bench) -> None:
+    """From pipeline and tensor ranks to data ranks, and from those to tensor ranks."""
+    for layout, last in (("data", bench.last - 1), ("tensor", bench.last)):
+        command = bench.start(layout, TWICE, f"train.steps={last}", *LAYOUTS[layout])
+        code, output, error = command.end()
+        assert (code, error) == (0, "")
+        assert "resumed from" in output
+        assert last_step(bench.run(TWICE)) == last
+    wanted = [row for row in bench.rows("one") if row["step"] != bench.last - 1]
+    rows = [row for row in bench.rows(TWICE) if row["step"] != bench.last - 1]
+    assert_close(rows, wanted, 1e-12)  # the first run validates at its last step, too
 
 
 def contents(checkpoint: Checkpoint) -> dict[str, bytes]:

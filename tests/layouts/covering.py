@@ -1,10 +1,9 @@
 """Which cases the table runs: a greedy covering array over the axes of a case.
 
-`default` covers every pair of values of two axes; `full` also every combination of the axes in
-COMBINED. Tensor × data is one axis and the pipeline another, so that their pairs are the layouts. A
-case is completed value by value, each chosen to cover the most that is still
-uncovered, ties broken by a seeded draw; the best of a few tries is taken. `CORNERS` are cases that
-the axes do not reach.
+`default` covers every pair of values of two axes and every layout, `full` every combination of the
+axes in COMBINED too. A case is completed value by value, each chosen to cover the most that is
+still uncovered, ties broken by a seeded draw; the best of a few tries is taken. `CORNERS` are cases
+that the axes do not reach, `BITWISE` are pipelines that are run for their bits.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from tests.layouts.case import LABELS, OVERLAPS, POLICIES, SCHEDULES, Case
 Values = dict[str, Any]  # of some axes
 Cover = frozenset[tuple[str, Any]]  # values of two axes or more
 
-#: Every way to write 1, 2, 4 and 8 as tensor × data; with a pipeline, as tensor × data × pipeline.
-PLANES = tuple((t, n // t) for n in (1, 2, 4, 8) for t in (1, 2, 4, 8) if n % t == 0)
+#: A layout is one of the 20 ways to write 1, 2, 4 or 8 as tensor × data × pipeline.
 RANKS = 8
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "plane": PLANES,
+    "tensor": (1, 2, 4, 8),
+    "data": (1, 2, 4, 8),
     "pipeline": (1, 2, 4, 8),
     "schedule": SCHEDULES,
     "policy": POLICIES,
@@ -45,10 +44,13 @@ AXES: dict[str, tuple[Any, ...]] = {
     "masked": (False, True),
     "late": (False, True),
 }
-#: What the full table has every combination of, by what the documentation calls it.
+LAYOUT = ("tensor", "data", "pipeline")
+#: What the full table has every combination of, by what the documentation calls it; the default
+#: table has the layouts.
 COMBINED = {
-    "layout × schedule × overlap": ("plane", "pipeline", "schedule", "overlap"),
-    "tensor × data × overlap × policy": ("plane", "overlap", "policy"),
+    "layouts": LAYOUT,
+    "layout × schedule × overlap": (*LAYOUT, "schedule", "overlap"),
+    "tensor × data × overlap × policy": ("tensor", "data", "overlap", "policy"),
 }
 KV_HEADS = {"MHA": 8, "GQA 4": 4, "GQA 2": 2, "MQA": 1}
 TRIES = 8
@@ -73,6 +75,37 @@ CORNERS = tuple(
 )
 
 
+def _bitwise(stages: Iterable[int], precisions: Iterable[str]) -> Iterator[Case]:
+    """Pipelines alone, which must give one process's bits: all schedules on the same problems."""
+    for pipeline, precision in product(stages, precisions):
+        for number, schedule in enumerate(SCHEDULES):
+            yield Case(
+                pipeline=pipeline,
+                schedule=schedule,
+                virtual=2 if schedule.startswith("interleaved") else 1,
+                layers=2 * pipeline + 1,
+                stage_layers=("cost", "even")[number % 2],
+                early=number % 3 == 0,
+                tied=precision == "fp64",
+                micro_batches=pipeline + 1,
+                precision=precision,
+                overlap=("none", "backward")[(number + pipeline // 2) % 2],
+                late=number % 4 == 1,
+            )
+
+
+#: Every schedule at 2 and 4 stages, in fp64 and in fp32; one of 8; and one with three chunks a rank.
+BITWISE = (
+    *_bitwise((2,), ("fp64",)),
+    *_bitwise((4,), ("fp32",)),
+    Case.parse("tensor=1 data=1 pipeline=8 schedule=zb-v layers=16 micro_batches=6 tied=True"),
+    Case.parse(
+        "tensor=1 data=1 pipeline=2 schedule=interleaved virtual=3 layers=6 micro_batches=5 tied=True"
+    ),
+)
+ALL_BITWISE = tuple(_bitwise((2, 4, 8), ("fp64", "fp32")))
+
+
 @dataclass(frozen=True)
 class Table:
     """Cases, and how many of the pairs and of COMBINED that exist they cover."""
@@ -88,14 +121,15 @@ def allowed(values: Mapping[str, Any]) -> bool:
     A rank without labels must not be the only one, and one stage has one schedule. The 17 layers of
     16 chunks with tied embeddings magnify the rounding of fp32 with nearly every seed (`rounding`).
     """
-    least = (1, 2 if values.get("labels") == "empty_rank" else 1)
     schedule = values.get("schedule", "1f1b")
     stages = 2 if schedule != "1f1b" else 1
-    (tensor, data), pipeline = values.get("plane", least), values.get("pipeline", stages)
+    replicas = 2 if values.get("labels") == "empty_rank" else 1
+    data, pipeline = values.get("data", replicas), values.get("pipeline", stages)
     deep = pipeline * _virtual(schedule) == 16
     if deep and values.get("tied") and values.get("precision") == "fp32":
         return False
-    return data >= least[1] and pipeline >= stages and tensor * data * pipeline <= RANKS
+    fits = values.get("tensor", 1) * data * pipeline <= RANKS
+    return fits and data >= replicas and pipeline >= stages
 
 
 def _virtual(schedule: str) -> int:
@@ -104,13 +138,13 @@ def _virtual(schedule: str) -> int:
 
 def case_of(values: Mapping[str, Any]) -> Case:
     """The case that has these values on all axes."""
-    tensor, data = values["plane"]
-    odd, schedule, pipeline = values["widths"] == "odd", values["schedule"], values["pipeline"]
+    tensor, pipeline, schedule = values["tensor"], values["pipeline"], values["schedule"]
+    odd = values["widths"] == "odd"
     chunks = pipeline * _virtual(schedule)
     uneven = values["stage layers"] == "uneven"
     return Case(
         tensor=tensor,
-        data=data,
+        data=values["data"],
         pipeline=pipeline,
         schedule=schedule,
         virtual=2 if schedule.startswith("interleaved") else 1,
@@ -135,13 +169,14 @@ def case_of(values: Mapping[str, Any]) -> Case:
 
 
 def default_table() -> Table:
-    """Every pair."""
-    return _table(set())
+    """Every pair, and every layout."""
+    return _table(set(_covers(LAYOUT)), BITWISE)
 
 
 def full_table() -> Table:
     """Every pair, and all of COMBINED."""
-    return _table({cover for axes in COMBINED.values() for cover in _covers(axes)})
+    combined = {cover for axes in COMBINED.values() for cover in _covers(axes)}
+    return _table(combined, ALL_BITWISE)
 
 
 @cache
@@ -156,7 +191,7 @@ def _covers(axes: tuple[str, ...]) -> Iterator[Cover]:
             yield frozenset(zip(axes, values, strict=True))
 
 
-def _table(combined: set[Cover]) -> Table:
+def _table(combined: set[Cover], others: Iterable[Case]) -> Table:
     generator = random.Random(0)
     pairs = set(_pairs())
     rows: list[Values] = []
@@ -169,7 +204,7 @@ def _table(combined: set[Cover]) -> Table:
         combined -= {cover for cover in combined if cover <= best.items()}
         rows.append(best)
     counts = {name: _count(rows, _covers(axes)) for name, axes in COMBINED.items()}
-    return Table((*map(case_of, rows), *CORNERS), _count(rows, _pairs()), counts)
+    return Table((*map(case_of, rows), *CORNERS, *others), _count(rows, _pairs()), counts)
 
 
 def _complete(start: Values, pairs: set[Cover], generator: random.Random) -> Values:

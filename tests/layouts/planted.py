@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megallama.autograd.stash import Stash
 from megallama.dist.handle import Done
+from megallama.parallel.pipeline import Pipeline
 from megallama.spec.schedules.actions import Action, Compute, Receive
 from megallama.train.build import Trainer
 
@@ -99,7 +100,9 @@ def _rate(trainer: Trainer) -> None:
 
 def _padding(trainer: Trainer) -> None:
     """Padding of the vocabulary has probability."""
-    entropy = trainer.model.head.output.cross_entropy
+    head = trainer.model.chunks[0].head
+    assert head is not None
+    entropy = head.output.cross_entropy
     rows = len(trainer.model.state.weights["output"])
     entropy.vocab = replace(entropy.vocab, rows=rows)
 
@@ -126,14 +129,14 @@ def _stage(trainer: Trainer) -> int:
 
 
 def _w_left_out(trainer: Trainer) -> None:
-    """The first stage never runs the W of its first micro-batch."""
-    if _stage(trainer) == 0:
-        _change_list(trainer, lambda actions: _without(actions, Compute("W", 0, 0)))
+    """The last stage never runs the W of its first micro-batch."""
+    if _stage(trainer) == 1:
+        _change_list(trainer, lambda actions: [a for a in actions if a != Compute("W", 1, 0)])
 
 
 def _w_again(trainer: Trainer) -> None:
-    """The first stage's second W is its first one again."""
-    if _stage(trainer) == 0:
+    """The last stage's second W is its first one again."""
+    if _stage(trainer) == 1:
         kept: list[Any] = []
 
         def again(backward_weights: Any, batch: Any, state: Stash) -> Any:
@@ -142,13 +145,14 @@ def _w_again(trainer: Trainer) -> None:
                 batch, state._sets = kept[0]
             return backward_weights(batch, state)
 
-        _around(trainer.model.chunks[0], "backward_weights", again)
+        _around(trainer.model.chunks[1], "backward_weights", again)
 
 
 def _w_late(trainer: Trainer) -> None:
-    """The first stage adds the gradients of two micro-batches in another order."""
-    if _stage(trainer) == 0:
-        _change_list(trainer, lambda actions: _swapped(actions, *_found(actions, "W")[:2]))
+    """The last stage adds the gradients of two micro-batches in another order."""
+    if _stage(trainer) == 1:
+        two = Compute("W", 1, 1), Compute("W", 1, 2)
+        _change_list(trainer, lambda actions: _swapped(actions, *two))
 
 
 def _received_for_another(trainer: Trainer) -> None:
@@ -215,24 +219,21 @@ def _counts_on(trainer: Trainer) -> None:
     _around(trainer.step.early, "take_back", counted)
 
 
+def _pipeline(trainer: Trainer) -> Pipeline:
+    """This rank's, of a step; it is made once."""
+    train = trainer.config.train
+    return trainer.step.pipelines.train(train.global_batch // train.micro_batch)
+
+
 def _list(trainer: Trainer) -> tuple[Action, ...]:
-    """The actions of this rank in a step of two micro-batches."""
-    return trainer.step.pipelines.train(2).schedule.actions[_stage(trainer)]
+    return _pipeline(trainer).schedule.actions[_stage(trainer)]
 
 
 def _change_list(trainer: Trainer, change: Callable[[tuple[Action, ...]], list[Action]]) -> None:
-    pipeline = trainer.step.pipelines.train(2)  # made once for each number
+    pipeline = _pipeline(trainer)
     actions = list(pipeline.schedule.actions)
     actions[pipeline.rank] = tuple(change(actions[pipeline.rank]))
     pipeline.schedule = replace(pipeline.schedule, actions=tuple(actions))
-
-
-def _found(actions: Sequence[Action], kind: str) -> list[Action]:
-    return [action for action in actions if isinstance(action, Compute) and action.kind == kind]
-
-
-def _without(actions: Sequence[Action], one: Action) -> list[Action]:
-    return [action for action in actions if action != one]
 
 
 def _swapped(actions: Sequence[Action], one: Action, other: Action) -> list[Action]:
@@ -253,9 +254,13 @@ PLANTED = {
     "learning rate": Fault(_rate, "tensor=2 data=1 precision=fp32", "step 1 update"),
     "padding": Fault(_padding, "tensor=8 data=1 vocab=13", "step 1 loss"),
     "old weights": Fault(_old_weights, "tensor=1 data=2", "holds other bits"),
-    "W left out": Fault(_w_left_out, f"{PIPELINE} schedule=zb-h2", "chunk 0: gradients have not"),
-    "W again": Fault(_w_again, f"{PIPELINE} schedule=zb-h1", "step 1 gradient layers.0"),
-    "W late": Fault(_w_late, f"{PIPELINE} schedule=zb-h2", "wk.weight: other bits than in one"),
+    "W left out": Fault(_w_left_out, f"{PIPELINE} schedule=zb-h2", "chunk 1: gradients have not"),
+    "W again": Fault(_w_again, f"{PIPELINE} schedule=zb-h1", "step 1 gradient layers.1"),
+    "W late": Fault(
+        _w_late,
+        "tensor=1 data=1 pipeline=2 micro_batches=3 schedule=zb-h1",
+        "gradients layers.1.attention.wk.weight: other bits than in one",
+    ),
     "received for another": Fault(_received_for_another, f"{PIPELINE} schedule=gpipe", "they differ: rank"),
     "taken for another": Fault(_taken_for_another, PIPELINE, "step 1 loss: relative"),
     "tied apart": Fault(_tied_apart, f"{PIPELINE} tied=True", "tok_embeddings.weight: rank 1"),

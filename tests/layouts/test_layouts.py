@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
 from tests.layouts.case import Case
-from tests.layouts.compare import identical
+from tests.layouts.compare import Faults, Piece, RankStep, assemble, identical, same_as_alone
 from tests.layouts.covering import default_table
 from tests.layouts.planted import PLANTED
 from tests.layouts.pool import Pool
+from tests.layouts.problem import problem_of, solve
 from tests.layouts.rounding import steady
 from tests.layouts.runs import Report, run_cases, run_once
 
@@ -47,6 +50,9 @@ OVERLAPPED = [
         "tensor=2 data=2 policy=layer_input precision=fp32 micro_batches=2",
         "tensor=8 data=1 kv_heads=1 vocab=13 tied=True policy=no_gate_up",
         "tensor=1 data=4 labels=unequal micro_batches=3",
+        "tensor=2 data=1 pipeline=4 schedule=zb-h1 layers=4 micro_batches=5",
+        "tensor=4 data=1 pipeline=2 schedule=zb-v layers=4 micro_batches=3 policy=layer_input",
+        "tensor=2 data=2 pipeline=2 schedule=1f1b-fused layers=3 micro_batches=4 precision=fp32",
     )
 ]
 
@@ -65,6 +71,9 @@ REPEATED = [
         "tensor=8 data=1 kv_heads=2 overlap=full",
         "tensor=1 data=8 labels=empty_rank precision=fp32",
         "tensor=4 data=2 masked=True tied=True",
+        "tensor=2 data=2 pipeline=2 schedule=zb-v layers=4 micro_batches=4 tied=True late=True",
+        "tensor=2 data=1 pipeline=4 schedule=interleaved-fused virtual=2 layers=8 micro_batches=5 "
+        "overlap=full precision=fp32 late=True",
     )
 ]
 
@@ -72,6 +81,39 @@ REPEATED = [
 @pytest.mark.parametrize("case", REPEATED, ids=str)
 def test_the_same_run_gives_the_same_bits(pool, case):
     assert list(identical(run_once(pool, case), run_once(pool, case))) == []
+
+
+PIPELINES = [
+    Case.parse(text)
+    for text in (
+        "tensor=2 data=1 pipeline=4 schedule=zb-h2 layers=5 micro_batches=6 tied=True",
+        "tensor=2 data=2 pipeline=2 schedule=interleaved virtual=2 layers=5 micro_batches=3",
+        "tensor=1 data=4 pipeline=2 schedule=zb-v layers=4 micro_batches=2 precision=fp32",
+        "tensor=4 data=1 pipeline=2 kv_heads=2 layers=4 schedule=1f1b-fused micro_batches=4",
+    )
+]
+
+
+@pytest.mark.parametrize("case", PIPELINES, ids=str)
+def test_a_pipeline_changes_no_bit_beside_other_ranks_either(pool, case):
+    flat = replace(case, pipeline=1, schedule="1f1b", virtual=1)
+    shapes = solve(problem_of(case)).initial
+    whole = [joined(ranks, shapes) for ranks in zip(*run_once(pool, flat), strict=True)]
+    assert list(same_as_alone(run_once(pool, case), whole)) == []
+
+
+def joined(ranks: Sequence[RankStep], shapes: Mapping[str, Tensor]) -> RankStep:
+    """A step as one process would have it: the pieces of all ranks, put together."""
+    faults = Faults()
+    like = {name: tensor.numpy() for name, tensor in shapes.items()}
+
+    def whole(kind: str) -> list[Piece]:
+        tensors = assemble([getattr(rank, kind) for rank in ranks], like, kind, faults)
+        return [Piece(name, (0,) * value.ndim, value) for name, value in tensors.items()]
+
+    step = replace(ranks[0], gradients=whole("gradients"), weights=whole("weights"))
+    assert not faults
+    return step
 
 
 def test_a_bf16_wire_rounds_gradients_and_no_more(pool):

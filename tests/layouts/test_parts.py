@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
+from math import prod
 
 import numpy as np
 import pytest
 import torch
 
-from tests.layouts.case import Case
+from tests.layouts.case import SCHEDULES, Case
 from tests.layouts.compare import Piece, RankStep, compare
-from tests.layouts.covering import AXES, CORNERS, TRIPLE, default_table, full_table
+from tests.layouts.covering import ALL_BITWISE, BITWISE, CORNERS, default_table, full_table
 from tests.layouts.fuzz import draw
 from tests.layouts.problem import batch, problem_of, share_of, solve
 from tests.reference import IGNORED, plain
@@ -21,20 +22,49 @@ from tests.reference import IGNORED, plain
 def test_a_table_covers_what_it_says(table):
     assert table.pairs[0] == table.pairs[1]
     assert [case.faults() for case in table.cases if case.faults()] == []
-    assert table.cases[-len(CORNERS) :] == CORNERS
+    assert set(CORNERS) < set(table.cases)
     # Counted anew, from the cases.
-    seen = {(c.tensor, c.data, c.overlap, c.policy) for c in table.cases[: -len(CORNERS)]}
-    assert len(seen) == table.triples[0]
-    fields = ("overlap", "policy", "kv_heads", "labels", "precision", "tied", "vocab")
-    for one, other in combinations(fields, 2):
-        pairs = {(getattr(c, one), getattr(c, other)) for c in table.cases[: -len(CORNERS)]}
-        sizes = {field: len({getattr(c, field) for c in table.cases[:-5]}) for field in fields}
+    cases = table.cases[: table.cases.index(CORNERS[0])]
+    layouts = {(c.tensor, c.data, c.pipeline) for c in cases}
+    powers = (1, 2, 4, 8)
+    assert layouts == {grid for grid in product(powers, repeat=3) if prod(grid) <= 8}
+    axes = {
+        "layouts": ("tensor", "data", "pipeline"),
+        "layout × schedule × overlap": ("tensor", "data", "pipeline", "schedule", "overlap"),
+        "tensor × data × overlap × policy": ("tensor", "data", "overlap", "policy"),
+    }
+    for name, (covered, _) in table.combined.items():
+        assert len({tuple(getattr(c, field) for field in axes[name]) for c in cases}) == covered
+    fields = ("overlap", "policy", "kv_heads", "labels", "precision", "tied", "vocab", "schedule")
+    for one, other in combinations((*fields, "early", "micro_batches"), 2):
+        pairs = {(getattr(c, one), getattr(c, other)) for c in cases}
+        sizes = {field: len({getattr(c, field) for c in cases}) for field in (one, other)}
         assert len(pairs) == sizes[one] * sizes[other], (one, other)
 
 
-def test_the_full_table_covers_every_triple():
-    wanted = np.prod([len(AXES[axis]) for axis in TRIPLE])
-    assert full_table().triples == (wanted, wanted)
+def test_the_full_table_covers_every_layout_with_every_schedule_and_overlap():
+    assert all(covered == wanted for covered, wanted in full_table().combined.values())
+    pipelines, one_stage = 10, 10  # the ways to write 2, 4 and 8 with and 1 to 8 without stages
+    assert full_table().combined["layout × schedule × overlap"][1] == 3 * (8 * pipelines + one_stage)
+
+
+@pytest.mark.parametrize("cases, stages", [(BITWISE, (2, 4)), (ALL_BITWISE, (2, 4, 8))])
+def test_every_schedule_is_run_for_its_bits(cases, stages):
+    assert all(case.faults() == [] and case.twin for case in cases)
+    run = {(case.schedule, case.pipeline) for case in cases}
+    assert run >= set(product(SCHEDULES, stages))
+    assert {case.overlap for case in cases} == {"none", "backward"}
+    assert {case.precision for case in cases} == {"fp64", "fp32"}
+    assert {case.tied for case in cases} == {case.early for case in cases} == {True, False}
+
+
+def test_a_twin_is_the_same_problem_in_one_process():
+    case = BITWISE[0]
+    assert case.twin.ranks == 1
+    assert problem_of(case.twin) == problem_of(case)
+    assert case.twin.share == case.share
+    assert case.twin.twin is None
+    assert replace(case, data=2).twin is None
 
 
 def test_tables_and_fuzz_are_the_same_every_time():
@@ -45,9 +75,13 @@ def test_tables_and_fuzz_are_the_same_every_time():
     for case in cases:
         assert case.faults() == []
         assert Case.parse(str(case)) == case
+        case.config(1.0)
+    assert {case.schedule for case in cases if case.pipeline > 1} == set(SCHEDULES)
+    assert {case.pipeline for case in cases} >= {1, 2, 3, 4, 8}
+    assert {case.virtual for case in cases} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("text", ["tensors=2", "tied=yes", "tensor=two"])
+@pytest.mark.parametrize("text", ["tensors=2", "tied=yes", "tensor=two", "early=1"])
 def test_a_case_is_not_guessed(text):
     with pytest.raises(ValueError):
         Case.parse(text)

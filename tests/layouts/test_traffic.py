@@ -20,12 +20,12 @@ from megallama.spec.traffic import (
     step_traffic,
     stream_of,
 )
-from megallama.train.build import Trainer, build_trainer
-from megallama.train.process import Process
+from megallama.train.build import Trainer
 from megallama.train.passes import Samples
 from tests.layouts.case import LR, POLICIES, Case
-from tests.layouts.pool import ADDRESS, Pool, Seat, Task
+from tests.layouts.pool import Pool, Seat, Task
 from tests.layouts.problem import batch, problem_of, share_of
+from tests.layouts.walks import build
 
 Counts = dict[tuple[str, str], Count]
 Parts = list[tuple[str, Counts, Counts]]  # a name, what was counted, what the formulas say
@@ -52,13 +52,22 @@ CASES = (
     "tensor=4 data=2 kv_heads=1 overlap=full vocab=9 precision=bf16 wire=bf16 micro_batch=2",
     "tensor=4 data=2 kv_heads=2 sequence_parallel=False overlap=full policy=no_attention_output",
     "tensor=8 data=1 kv_heads=2 vocab=5 layers=1 overlap=full policy=no_gate_up",
+    "tensor=1 data=1 pipeline=2 schedule=gpipe micro_batches=3",
+    "tensor=1 data=2 pipeline=4 tied=True layers=7 stage_layers=1,3,2,1 micro_batches=5",
+    "tensor=2 data=1 pipeline=4 schedule=zb-h1 layers=5 policy=layer_input micro_batches=6",
+    "tensor=2 data=2 pipeline=2 schedule=zb-h2 policy=no_gate_up overlap=full micro_batches=4",
+    "tensor=4 data=1 pipeline=2 schedule=zb-v layers=5 kv_heads=2 tied=True sequence_parallel=False",
+    "tensor=1 data=1 pipeline=8 schedule=zb-v layers=16 micro_batches=3 precision=bf16 tied=True",
+    "tensor=2 data=2 pipeline=2 schedule=1f1b-fused tied=True precision=bf16 micro_batches=5",
+    "tensor=2 data=1 pipeline=2 schedule=interleaved virtual=3 layers=8 stage_layers=1,2,1,1,2,1",
+    "tensor=2 data=1 pipeline=4 schedule=interleaved-fused virtual=2 layers=9 overlap=none",
+    "tensor=1 data=2 early=True labels=empty_step",
 )
-
-
-def build(seat: Seat, case: Case) -> Trainer:
-    store = seat.store if seat.size > 1 else None
-    process = Process(seat.rank, seat.size, seat.rank, seat.size, store, ADDRESS)
-    return build_trainer(case.config(1.0), process, strict=True)
+EARLY = (
+    "tensor=2 data=2 pipeline=2 schedule=zb-h1 early=True tied=True kv_heads=1 wire=bf16 "
+    "precision=bf16 micro_batches=3",
+    "tensor=1 data=2 pipeline=3 schedule=zb-h2 early=True layers=4 micro_batches=4",
+)
 
 
 def take(trainer: Trainer) -> Counts:
@@ -82,9 +91,9 @@ def logits_held(case: Case, tokens: int | None) -> Iterator[None]:
         CHUNK_BYTES["cpu"] = held
 
 
-def steps(seat: Seat, case: Case, tokens: int | None) -> Parts:
+def steps(seat: Seat, case: Case, tokens: int | None, grad_clip: float) -> Parts:
     """On one rank: the build, a step as the loop takes it, and one with layer norms."""
-    trainer = build(seat, case)
+    trainer = build(seat, case, grad_clip)
     try:
         config, place, problem = trainer.config, trainer.place, problem_of(case)
         found = [("build", take(trainer), dict(initial_traffic(config, place).counts))]
@@ -92,8 +101,10 @@ def steps(seat: Seat, case: Case, tokens: int | None) -> Parts:
             for number, layer_norms in enumerate((False, True)):
                 share = share_of(batch(problem, number), place.along("data"), case.data)
                 result = trainer.step.run(share, LR, layer_norms, lambda: (False, False, False))
+                clipped = result.grad_norm > grad_clip
+                updates = (1 + (case.early and clipped)) if result.applied else 0
                 said = step_traffic(
-                    config, place, "cpu", layer_norms=layer_norms, applied=result.applied
+                    config, place, "cpu", layer_norms=layer_norms, updates=updates
                 )
                 found.append((f"step {number + 1}", take(trainer), dict(said.counts)))
         return found
@@ -108,6 +119,7 @@ def passes(seat: Seat, case: Case) -> list[Counts]:
         share = share_of(batch(problem_of(case), 0), trainer.place.along("data"), case.data)
         micro_batch = Samples(trainer.model, share, case.micro_batch).micro_batch(0)
         stash, queue, found = Stash(), WgradQueue(), []
+        trainer.zero.expect(1)
         take(trainer)
         drive(trainer.model.chunks[0].forward(micro_batch, None, stash))
         found.append(take(trainer))
@@ -117,8 +129,10 @@ def passes(seat: Seat, case: Case) -> list[Counts]:
         trainer.groups.close()
 
 
-def check_steps(pool: Pool, case: Case, tokens: int | None = None) -> list[Parts]:
-    outcome = pool.run(Task(case.ranks, steps, (case, tokens)))
+def check_steps(
+    pool: Pool, case: Case, tokens: int | None = None, grad_clip: float = 1.0
+) -> list[Parts]:
+    outcome = pool.run(Task(case.ranks, steps, (case, tokens, grad_clip)))
     assert outcome.error is None, outcome.error
     for rank, parts in enumerate(outcome.results):
         for name, counted, said in parts:
@@ -138,6 +152,15 @@ def test_a_step_sends_what_the_formulas_say(pool, text):
         assert ("data", "all_gather_rows") not in results[0][2][1]
 
 
+@pytest.mark.parametrize("grad_clip, gathers", [(1e9, 1), (1e-6, 2)])
+@pytest.mark.parametrize("text", EARLY)
+def test_an_update_that_is_taken_back_gathers_the_weights_twice(pool, text, grad_clip, gathers):
+    case = Case.parse(text)
+    for rank, (build, step, _) in enumerate(check_steps(pool, case, grad_clip=grad_clip)):
+        once = build[1]["data", "all_gather_rows"].calls
+        assert step[1]["data", "all_gather_rows"].calls == gathers * once, rank
+
+
 @pytest.mark.parametrize("held, chunks", [(16, 1), (7, 3), (1, 16)])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_the_loss_has_a_gather_for_every_chunk_of_logits(pool, held, chunks, sequence_parallel):
@@ -153,7 +176,13 @@ def test_the_loss_has_a_gather_for_every_chunk_of_logits(pool, held, chunks, seq
 @pytest.mark.parametrize("overlap", ["none", "backward", "full"])
 def test_a_layer_more_sends_a_layer_more(pool, overlap, sequence_parallel, policy):
     """Three layers less two are one: its forward and its backward, each by itself."""
-    case = Case(2, 1, sequence_parallel, overlap, policy, precision="bf16")
+    case = Case(
+        tensor=2,
+        sequence_parallel=sequence_parallel,
+        overlap=overlap,
+        policy=policy,
+        precision="bf16",
+    )
     stream = stream_of(case.config(1.0))
     layer = [layer_forward(stream), layer_backward(stream, policy)]
     tasks = [Task(2, passes, (replace(case, layers=layers),)) for layers in (2, 3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,16 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallama.errors import ConfigError
-from megallama.spec.schedules.actions import passes
+from megallama.spec.schedules.actions import Compute, Receive, Reduce, Schedule, Send, passes
 from megallama.spec.schedules.build import (
     NAMES,
     VIRTUAL_STAGES,
     default_virtual_stages,
     make_schedule,
 )
+from megallama.spec.schedules.messages import whole_lists
 from megallama.spec.schedules.simulate import simulate
 from tests.schedules.closed_forms import bubble, virtual_stages
-from tests.schedules.properties import check, check_evaluation, check_order
+from tests.schedules.properties import (
+    check,
+    check_ends,
+    check_evaluation,
+    check_memory,
+    check_messages,
+    check_order,
+)
 
 TIMES = st.one_of(
     st.tuples(*[st.floats(0.125, 8)] * 3), st.floats(0.125, 8).map(lambda t: (t,) * 3)
@@ -158,3 +167,55 @@ def test_what_cannot_be_made(words: tuple[str, int, int, int], line: str) -> Non
         make_schedule(*words)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def moved(schedule: Schedule, kind: type, by: int) -> Schedule:
+    """The last rank's last action of a kind moved by some places."""
+    actions = list(schedule.actions[-1])
+    place = max(index for index, action in enumerate(actions) if isinstance(action, kind))
+    actions.insert(place + by, actions.pop(place))
+    return replace(schedule, actions=(*schedule.actions[:-1], tuple(actions)))
+
+
+@pytest.mark.parametrize("kind, by", [(Receive, 1), (Receive, -1), (Send, 1), (Reduce, -2)])
+def test_a_message_or_reduce_out_of_its_place_is_found(kind: type, by: int) -> None:
+    schedule = make_schedule("zb-h1", 3, 4)
+    check_messages(schedule)
+    check_ends(schedule)
+    check_it = check_ends if kind is Reduce else check_messages
+    with pytest.raises(AssertionError):
+        check_it(moved(schedule, kind, by))
+
+
+@pytest.mark.parametrize("kind", ["none", "B", "W"])
+def test_passes_out_of_order_are_found(kind: str) -> None:
+    """Micro-batches 0 and 1 swapped in all passes of a kind: it runs, and adds in another order."""
+    schedule = make_schedule("gpipe", 2, 3)
+    ranks = [
+        [one for one in passes(actions) if one.kind == "F"]
+        + [Compute("B", rank, i) for i in ((1, 0, 2) if kind == "B" else (0, 1, 2))]
+        + [Compute("W", rank, i) for i in ((1, 0, 2) if kind == "W" else (0, 1, 2))]
+        for rank, actions in enumerate(schedule.actions)
+    ]
+    split = replace(schedule, actions=whole_lists(ranks, schedule.owners))
+    if kind == "none":
+        check_order(split, simulate(split))
+    else:
+        with pytest.raises(AssertionError, match=rf"{kind}\(0, 1\) before"):
+            check_order(split, simulate(split))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h2"])
+def test_one_forward_more_in_the_warm_up_is_found(name: str) -> None:
+    schedule = make_schedule(name, 3, 8)
+    ranks = []
+    for actions in schedule.actions:
+        order = list(passes(actions))
+        first = next(index for index, one in enumerate(order) if one.kind != "F")
+        late = next(index for index in range(first, len(order)) if order[index].kind == "F")
+        order.insert(first, order.pop(late))
+        ranks.append(order)
+    more = replace(schedule, actions=whole_lists(ranks, schedule.owners))
+    check_memory(name, schedule, 1)
+    with pytest.raises(AssertionError, match="sets"):
+        check_memory(name, more, 1)

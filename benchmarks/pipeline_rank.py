@@ -245,7 +245,7 @@ class Ranks:
             for pipe in self._pipes:
                 pipe.send(question)
             return [pipe.recv() for pipe in self._pipes]
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             sys.exit(f"a rank died at {method} {arguments} (its error is above)")
 
 

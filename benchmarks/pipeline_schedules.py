@@ -136,7 +136,10 @@ def show_waits(results: Mapping[str, Row], per_stage: int) -> None:
     """A Markdown table: a row a schedule, its figures by ranks."""
     chosen = [key for key in results if _counts(key)[1] == per_stage * _counts(key)[0]]
     unit = 1e3 * UNIT
-    print(f"\nF = B = W = {unit:.0f} ms; simulated → measured; held: F to B, B to W\n")
+    print(
+        f"\nF = B = W = {unit:.0f} ms; simulated → measured; held: the most of any rank, F to B "
+        "and B to W, in micro-batches of its whole share\n"
+    )
     heads = [f"{key}: bubble | makespan, ms | held" for key in chosen]
     print(f"| schedule | {' | '.join(heads)} |")
     print("|---|" + "---:|---:|---:|" * len(chosen))

@@ -1,7 +1,7 @@
 """Runs one case, the equivalence table, or a fuzz campaign; 1 is the exit code of a failure.
 
 python -m tests.layouts "tensor=2 data=2 overlap=full"      one case
-python -m tests.layouts --table default                     every pair (all: every triple too)
+python -m tests.layouts --table default                     every pair of values (all: more)
 python -m tests.layouts --fuzz 200 --seed 1                 random cases
 python -m tests.layouts --counts                            what the tables cover
 """

@@ -199,22 +199,21 @@ def identical(
                         yield f"{what}: {kind} {p.name}"
 
 
-def same_as_alone(
-    ranks: Sequence[Sequence[RankStep]], alone: Sequence[RankStep]
-) -> Iterator[str]:
+def same_as_alone(ranks: Sequence[Sequence[RankStep]], alone: Sequence[RankStep]) -> Iterator[str]:
     """Where the ranks of a layout, together, differ in any bit from one process with all of it."""
     for number, one in enumerate(alone):
-        for rank, step in enumerate(run[number] for run in ranks):
-            what = f"rank {rank} step {number + 1}"
+        steps = [run[number] for run in ranks]
+        for rank, step in enumerate(steps):
             if _bits(step) != _bits(one) or step.applied != one.applied:
-                yield f"{what}: other numbers than in one process"
+                yield f"rank {rank} step {number + 1}: other numbers than in one process"
         for kind in ("gradients", "weights"):
-            whole = {piece.name: piece for piece in getattr(one, kind)}
-            missing = set(whole)
-            for rank, step in enumerate(run[number] for run in ranks):
-                for piece in getattr(step, kind):
-                    missing.discard(piece.name)
-                    if piece.value.tobytes() != whole[piece.name].value[piece.region].tobytes():
+            held = [getattr(step, kind) for step in steps]
+            whole = {piece.name: piece.value for piece in getattr(one, kind)}
+            faults = Faults()
+            assemble(held, whole, f"step {number + 1} {kind}", faults)
+            yield from faults
+            for rank, pieces in enumerate(held):
+                for piece in pieces:
+                    if piece.value.tobytes() != whole[piece.name][piece.region].tobytes():
                         what = f"rank {rank} step {number + 1}: {kind} {piece.name}"
                         yield f"{what}: other bits than in one process"
-            yield from (f"step {number + 1}: {kind} {name} on no rank" for name in sorted(missing))

@@ -190,7 +190,8 @@ def _norm_of_copy(trainer: Trainer) -> None:
     if _stage(trainer) == 1:
         table = trainer.model.state.table
         counted = [
-            replace(s, own_pieces=tuple(replace(p, owned=True) for p in s.own_pieces)) for s in table
+            replace(s, own_pieces=tuple(replace(p, owned=True) for p in s.own_pieces))
+            for s in table
         ]
 
         def all_of_it(squares: Any) -> Any:
@@ -261,7 +262,9 @@ PLANTED = {
         "tensor=1 data=1 pipeline=2 micro_batches=3 schedule=zb-h1",
         "gradients layers.1.attention.wk.weight: other bits than in one",
     ),
-    "received for another": Fault(_received_for_another, f"{PIPELINE} schedule=gpipe", "they differ: rank"),
+    "received for another": Fault(
+        _received_for_another, f"{PIPELINE} schedule=gpipe", "they differ: rank"
+    ),
     "taken for another": Fault(_taken_for_another, PIPELINE, "step 1 loss: relative"),
     "tied apart": Fault(_tied_apart, f"{PIPELINE} tied=True", "tok_embeddings.weight: rank 1"),
     "norm of one": Fault(_norm_of_one, PIPELINE, "step 1 gradient norm: relative"),

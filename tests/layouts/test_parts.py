@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.layouts.case import SCHEDULES, Case
-from tests.layouts.compare import Piece, RankStep, compare
+from tests.layouts.compare import Piece, RankStep, compare, same_as_alone
 from tests.layouts.covering import ALL_BITWISE, BITWISE, CORNERS, default_table, full_table
 from tests.layouts.fuzz import draw
 from tests.layouts.problem import batch, problem_of, share_of, solve
@@ -45,7 +45,9 @@ def test_a_table_covers_what_it_says(table):
 def test_the_full_table_covers_every_layout_with_every_schedule_and_overlap():
     assert all(covered == wanted for covered, wanted in full_table().combined.values())
     pipelines, one_stage = 10, 10  # the ways to write 2, 4 and 8 with and 1 to 8 without stages
-    assert full_table().combined["layout × schedule × overlap"][1] == 3 * (8 * pipelines + one_stage)
+    assert full_table().combined["layout × schedule × overlap"][1] == 3 * (
+        8 * pipelines + one_stage
+    )
 
 
 @pytest.mark.parametrize("cases, stages", [(BITWISE, (2, 4)), (ALL_BITWISE, (2, 4, 8))])
@@ -134,15 +136,14 @@ def test_the_reference_is_torch_s_optimizer_on_autograd(labels):
     assert set(clipped) == {True, False}
 
 
-def perfect(case: Case) -> list[list[RankStep]]:
-    """Two ranks that split every tensor by rows, and hold exactly the reference."""
+def perfect(case: Case, ranks: int = 2) -> list[list[RankStep]]:
+    """Ranks that split every tensor by rows, and hold exactly the reference."""
 
     def pieces(tensors, rank):
         for name, tensor in tensors.items():
-            half = len(tensor) // 2
-            rows = slice(0, half) if rank == 0 else slice(half, None)
-            start = (rank * half, *(0 for _ in tensor.shape[1:]))
-            yield Piece(name, start, tensor[rows].numpy().copy())
+            each = len(tensor) // ranks
+            start = (rank * each, *(0 for _ in tensor.shape[1:]))
+            yield Piece(name, start, tensor[rank * each : (rank + 1) * each].numpy().copy())
 
     return [
         [
@@ -154,7 +155,7 @@ def perfect(case: Case) -> list[list[RankStep]]:
             )
             for step in solve(problem_of(case)).steps
         ]
-        for rank in range(2)
+        for rank in range(ranks)
     ]
 
 
@@ -195,6 +196,24 @@ def test_the_comparison_finds_a_difference(how, fault):
     assert compare(CASE, reference, runs) == []
     damage(runs, how)
     assert any(line.startswith(fault) for line in compare(CASE, reference, runs))
+
+
+@pytest.mark.parametrize(
+    "how, fault",
+    [
+        ("loss", "rank 1 step 2: other numbers than in one process"),
+        ("not applied", "rank 0 step 2: other numbers than in one process"),
+        ("gradient", "rank 1 step 2: gradients layers.0.attention.wk.weight: other bits"),
+        ("weight", "rank 1 step 2: weights layers.0.attention.wk.weight: other bits"),
+        ("missing", "step 2 weights layers.0.attention.wk.weight: 512 of 1024 elements"),
+        ("replica", "rank 1 step 2: weights layers.0.attention.wk.weight: other bits"),
+    ],
+)
+def test_the_comparison_with_one_process_finds_a_bit(how, fault):
+    alone, runs = perfect(CASE, 1)[0], perfect(CASE)
+    assert list(same_as_alone(runs, alone)) == []
+    damage(runs, how)
+    assert any(line.startswith(fault) for line in same_as_alone(runs, alone))
 
 
 @pytest.mark.parametrize("ours, found", [(-3e-18, False), (1e-12, True), (np.nan, True)])

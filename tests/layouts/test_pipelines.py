@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -125,3 +126,20 @@ def test_as_many_bytes_are_held_as_the_memory_figures_say(walks, name):
             assert 0 < found.saved_bytes <= said["saved activations"]
         else:
             assert found.saved_bytes == said["saved activations"]
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-v", "interleaved-fused"])
+def test_tensor_ranks_walk_alike(pool, schedule):
+    """Each has links of its own; a W that fills the waits of a B lets go of its state no later."""
+    case = replace(case_of(schedule, 5), tensor=2)
+    outcome = pool.run(Task(case.ranks, walk, (case,)))
+    assert outcome.error is None, outcome.error
+    lists = schedule_of(case).actions
+    for rank, found in enumerate(outcome.results):
+        actions = lists[rank // 2]
+        assert (found.stage, found.left) == (rank // 2, 0)
+        assert (found.sets, found.states) == (peak_in_flight(actions), peak_weight_states(actions))
+        assert found.ran == [str(a) for a in actions if not isinstance(a, Send | Receive)]
+    for one, other in zip(outcome.results[::2], outcome.results[1::2], strict=True):
+        assert (one.sent, one.received) == (other.sent, other.received)
+        assert one.received_contents.keys() == other.received_contents.keys()

@@ -106,7 +106,8 @@ def _counting(found: Walk) -> Iterator[list[StepPasses]]:
     class Counting(StepPasses):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
-            self.saved, self.kept = _Holder(), _Holder()
+            self.sets, self.states = _Holder(), _Holder()
+            self.saved, self.kept = self.sets, self.states
             made.append(self)
 
         def forward(self, *given: Any) -> Pass[Tensor | None]:
@@ -117,11 +118,9 @@ def _counting(found: Walk) -> Iterator[list[StepPasses]]:
 
         def _looked(self, each: Pass[Any]) -> Pass[Any]:
             result = yield from each
-            saved, kept = self.saved, self.kept
-            assert isinstance(saved, _Holder) and isinstance(kept, _Holder)
-            found.sets, found.states = saved.peak, kept.peak
-            found.saved_bytes = max(found.saved_bytes, saved.layer_bytes())
-            found.state_bytes = max(found.state_bytes, kept.layer_bytes())
+            found.sets, found.states = self.sets.peak, self.states.peak
+            found.saved_bytes = max(found.saved_bytes, self.sets.layer_bytes())
+            found.state_bytes = max(found.state_bytes, self.states.layer_bytes())
             return result
 
     with mock.patch.object(step, "StepPasses", Counting):

@@ -135,12 +135,14 @@ class DecoderLayer:
         dz, n2 = self.tokens.gather(state.pop("dz")), self.tokens.gather(state.pop("n2"))
         self.w2.wgrad((yield dz), state.pop("act"))
         n2_TD, dgate_up_Tf = (yield n2), state.pop("dgate_up")
+        del dz, n2  # a handle keeps its value
         dx2 = self.tokens.gather(state.pop("dx2"))
         self.w13.wgrad(dgate_up_Tf, n2_TD, part=0, parts=2)
         n1 = self.tokens.gather(state.pop("n1"))
         self.w13.wgrad(dgate_up_Tf, n2_TD, part=1, parts=2)
         del n2_TD, dgate_up_Tf
         self.wo.wgrad((yield dx2), state.pop("o"))
+        del dx2
         self.wqkv.wgrad(state.pop("dqkv"), (yield n1))
 
     # The forward's steps. Those up to attention, a recomputing backward takes again.
@@ -254,6 +256,7 @@ class DecoderLayer:
         if isinstance(wgrads, WgradQueue) or "gate_up" not in saved:
             n2 = self.tokens.gather(n2_tD)
         dz_TD = yield dz
+        del dz  # a handle keeps its value
         dact_Tf = self.w2.dgrad(dz_TD, (yield self.w2.weight()))
         w13 = yield self.w13.weight()
         if "gate_up" in saved:
@@ -274,7 +277,7 @@ class DecoderLayer:
             wgrads.defer(partial(self.w13.wgrad, dgate_up_Tf, n2_TD, part=1, parts=2))
         else:
             wgrads.update(dz=dz_tD, act=act_Tf, dgate_up=dgate_up_Tf, n2=n2_tD)
-        del dact_Tf, gate_up_Tf, act_Tf, dgate_up_Tf
+        del dz_TD, n2, dact_Tf, gate_up_Tf, act_Tf, dgate_up_Tf
         return self.norm2.backward((yield dn2), x2_tD, norm_w).add_(dz_tD)
 
     def _attention_backward(
@@ -286,6 +289,7 @@ class DecoderLayer:
         joined = isinstance(wgrads, WgradQueue)
         n1 = self.tokens.gather(n1_tD) if joined else Done(n1_tD)
         dx2_TD = yield dx2
+        del dx2
         do_Th = self.wo.dgrad(dx2_TD, (yield self.wo.weight()))
         o_Th = saved["o"]
         dqkv_Th = self._attend_backward(do_Th, positions, saved)
@@ -297,7 +301,7 @@ class DecoderLayer:
             del pair
         else:
             wgrads.update(dx2=dx2_tD, o=o_Th, dqkv=dqkv_Th, n1=n1_tD)
-        del do_Th, dqkv_Th, o_Th
+        del dx2_TD, n1, do_Th, dqkv_Th, o_Th
         return self.norm1.backward((yield dn1), x_tD, norm_w).add_(dx2_tD)
 
     def _attend_backward(self, do_Th: Tensor, positions: Positions, saved: Saved) -> Tensor:

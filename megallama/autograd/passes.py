@@ -113,8 +113,9 @@ def drive(coroutine: Pass[T], filler: Filler | None = None) -> T:
     filler = WgradQueue() if filler is None else filler
     value: Any = None
     while True:
+        sent, value = value, None  # or it would live as long as the pass's next stretch
         try:
-            handle = coroutine.send(value)
+            handle = coroutine.send(sent)
         except StopIteration as end:
             filler.end()
             result: T = end.value

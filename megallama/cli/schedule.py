@@ -6,6 +6,11 @@ import argparse
 import math
 from pathlib import Path
 
+#: Bounds of a time that is not 0: sums and ratios of such times are finite numbers.
+SHORTEST, LONGEST = 1e-9, 1e9
+#: Most passes of all ranks together: about as many as a minute simulates.
+MOST_PASSES = 3_000_000
+
 EPILOG = (
     "Times are those of a rank's whole share of a micro-batch; its chunks divide them. Bubble "
     "fraction: 1 - a rank's work / the longest rank span, from a rank's own first pass to its own "
@@ -49,8 +54,10 @@ def _time(text: str) -> float:
         time = float(text)
     except ValueError:
         time = math.nan
-    if not 0 <= time < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time; give a number, 0 or more")
+    if time != 0 and not SHORTEST <= time <= LONGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time; give 0, or {SHORTEST:g} to {LONGEST:g}"
+        )
     return time
 
 
@@ -74,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
     chunks = args.virtual_stages
     if chunks is None:
         chunks = default_virtual_stages(args.name)
+    passes = 3 * args.stages * chunks * args.microbatches
+    if passes > MOST_PASSES:
+        raise ConfigError(
+            f"--stages {args.stages} --microbatches {args.microbatches}: are {passes:,} passes to "
+            f"draw; ask for {MOST_PASSES:,} at most"
+        )
     schedule = make_schedule(args.name, args.stages, args.microbatches, chunks)
     simulation = simulate(schedule, *times)
     if args.json is not None:

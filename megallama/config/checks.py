@@ -17,6 +17,7 @@ from megallama.config.faults import Fault, at
 from megallama.config.schema import (
     TWO_CHUNKS,
     Phase,
+    Profile,
     RopeScaling,
     Source,
     chunks_per_rank,
@@ -185,6 +186,22 @@ def _length(steps: int | None, tokens: int | None) -> Faults:
         yield Fault("train.steps", "is missing, and so is train.tokens", "set one of them")
 
 
+def _profile(
+    steps: int | None,
+    tokens: int | None,
+    sequence_length: int,
+    global_batch: int,
+    profile: Profile | None,
+) -> Faults:
+    total = steps or steps_of(tokens or 0, sequence_length, global_batch)
+    if profile and 0 < total < profile.start:
+        yield Fault(
+            at("train.profile.start", profile.start),
+            f"exceeds the run's {total} steps",
+            f"give at most {total}",
+        )
+
+
 def _rates(lr: float, min_lr: float) -> Faults:
     if min_lr > lr:
         yield Fault(
@@ -302,6 +319,7 @@ CHECKS: tuple[tuple[Callable[..., Faults], str], ...] = (
     ),
     (_batch, "train.global_batch train.micro_batch parallel.data"),
     (_length, "train.steps train.tokens"),
+    (_profile, "train.steps train.tokens train.sequence_length train.global_batch train.profile"),
     (_rates, "optimizer.lr optimizer.min_lr"),
     (
         _decay,

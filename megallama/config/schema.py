@@ -241,7 +241,7 @@ class Parallel(Section):
     """Which passes hide their communication under compute; full: the forward in two chunks too."""
     gradient_wire: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients travel between data ranks; they are added in fp32 either way."""
-    timeout_seconds: Count = 600
+    timeout_seconds: Annotated[Count, Field(le=10**7)] = 600
     """How long a rank waits for another before it calls it lost, in seconds."""
 
     @property

@@ -40,6 +40,12 @@ class Batch:
     sources_N: IntArray
     document_lengths: list[list[int]] | None
 
+    def samples(self, first: int, end: int) -> Batch:
+        """Those from `first` on, up to `end`: views."""
+        rows, documents = slice(first, end), self.document_lengths
+        arrays = self.tokens_NS[rows], self.labels_NS[rows], self.sources_N[rows]
+        return Batch(*arrays, None if documents is None else documents[rows])
+
 
 class Dataset:
     """The samples of a run.

@@ -108,8 +108,9 @@ class Watch:
             for wait in self._found
         ]
         first = self._found[0]
-        text = f"{'; '.join(lines)}; this is rank {self.rank}; try again"
-        return LostError(text, peer=first.peer, owed=first.owed)
+        lost = LostError(f"{'; '.join(lines)}; try again", peer=first.peer, owed=first.owed)
+        lost.shared = True  # every rank ends with the same words
+        return lost
 
     def _ask(self, question: Callable[[Store], T], seconds: float) -> T | None:
         """The store's answer; None where it fails, takes longer, or still owes an earlier one."""

@@ -89,9 +89,7 @@ class Loop:
             return (*codes, time.monotonic() > deadline)
 
         while self.progress.step < self.total_steps:
-            self.profile.before(self.progress.step + 1)
             agreed = self._step(requests)
-            self.profile.after(self.progress.step)
             every = self.config.checkpoint.every
             if every and self.progress.step % every == 0 and not self.progress.failures:
                 self._save()
@@ -115,8 +113,10 @@ class Loop:
         batch = self._batch()
         norms_every = config.log.layer_norms_every
         layer_norms = bool(norms_every) and step % norms_every == 0
+        self.profile.before(step)
         result = self.trainer.step.run(batch, lr, layer_norms, requests)
         seconds = time.perf_counter() - began
+        self.profile.after(step)
         progress.step = step
         progress.samples += config.train.global_batch
         progress.tokens += result.tokens

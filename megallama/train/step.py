@@ -26,6 +26,10 @@ from megallama.train.host import begin_reading
 from megallama.train.passes import Samples, StepPasses, valid_tokens
 from megallama.train.tally import StepResult, Tally
 
+#: Samples of an evaluation that are under way in a pipeline at most. Forwards wait for nothing that
+#: comes back, so the first stage would run ahead of the last with everything it sends.
+EVALUATED = 32
+
 
 @dataclass(frozen=True)
 class Pipelines:
@@ -79,9 +83,17 @@ class TrainStep:
 
         Zeros on ranks that have not the head.
         """
-        samples = Samples(self.model, batch, 1)
-        passes = StepPasses(self.model, samples)
-        self.pipelines.evaluate(len(samples)).run(passes)
+        count = len(batch.tokens_NS)
+        return torch.cat(
+            [
+                self._evaluate(batch.samples(first, first + EVALUATED))
+                for first in range(0, count, EVALUATED)
+            ]
+        )
+
+    def _evaluate(self, batch: Batch) -> Tensor:
+        passes = StepPasses(self.model, Samples(self.model, batch, 1))
+        self.pipelines.evaluate(len(passes.samples)).run(passes)
         return passes.sample_losses()
 
     def divisor(self, factor: float, valid: float) -> Tensor:

@@ -33,8 +33,9 @@ from megallama.train.signals import CODES, StopSignals
 
 #: Codes of a worker that ended as it should: the largest is the job's.
 GOOD_CODES = (EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED)
-#: Seconds to wait after the first failure, by the weight of the likeliest cause so far.
-PATIENCE = (0.0, 1.0, 5.0)
+#: Seconds to wait after the first failure, by the weight of the likeliest cause so far. Who was
+#: killed said nothing of what it owed: its peers agree on that in little more than a second.
+PATIENCE = (2.0, 1.0, 5.0)
 #: Seconds that workers have to leave after a second Ctrl-C.
 HURRY = 1.0
 #: Bytes of a whole report: JSON writes up to six for a character.
@@ -246,7 +247,11 @@ class Team:
         prefix = "" if shared or cause.kind != "error" else f"rank {cause.rank}: "
         kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
         kind = kinds.get(cause.code, UserError) if cause.kind == "error" else LostError
-        error = kind(prefix + cause.text)
+        verdicts = (
+            f.text for f in self.failures if f.text.startswith(f"rank {cause.rank} is lost")
+        )
+        words = "; ".join([prefix + cause.text, *dict.fromkeys(verdicts)])
+        error = kind(words)
         error.exit_code = cause.code
         return error
 

@@ -143,7 +143,7 @@ def test_times_are_taken(tmp_path: Path) -> None:
         (["--stages", "0"], "schedule zb-h1 with 0 stages: give at least 1"),
         (["--stages", "two"], "argument --stages: invalid int value: 'two'"),
         (["--microbatches", "-1"], "schedule zb-h1 with -1 micro-batches: give at least 1"),
-        (["--forward", "-1"], "argument --forward: '-1' is not a time; give a number, 0 or more"),
+        (["--forward", "-1"], "argument --forward: '-1' is not a time; give 0, or 1e-09 to 1e+09"),
         (["--weight", "nan"], "argument --weight: 'nan' is not a time"),
         (["--forward", "0", "--backward", "0", "--weight", "0"], "one at least takes some time"),
         (["--json", "."], "cannot write"),

@@ -4,6 +4,8 @@
 # make test-layouts, make fuzz N=200   every layout against the reference; random combinations
 # make test-schedules   every pipeline schedule for p = 1..16, m = 1..64, v = 1..4
 # make bench-cpu compare a training step with Hugging Face's, in one run
+# make bench-kernels   the CPU kernels of csrc/ against their PyTorch references
+# make bench-schedules   measured pipeline schedules beside the simulated ones
 # make bench-network   how much communication is hidden, between two network namespaces (root)
 
 # The paths of configs/cpu-tiny.yaml.
@@ -12,7 +14,8 @@ override ONE := runs/demo-one-process
 DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
-.PHONY: demo train-demo install lint test test-layouts test-schedules fuzz bench-cpu bench-network clean
+.PHONY: demo train-demo install lint test test-layouts test-schedules fuzz bench-cpu bench-kernels \
+	bench-schedules bench-network clean
 .DELETE_ON_ERROR:
 
 demo: train-demo $(ONE)/compared
@@ -42,7 +45,7 @@ $(DATA)/corpus.idx: $(DATA)/corpus.jsonl $(DATA)/tokenizer.model
 
 install: .venv/installed
 
-.venv/installed: setup.py constraints.txt launch/install.sh
+.venv/installed: setup.py pyproject.toml constraints.txt launch/install.sh $(wildcard csrc/* csrc/*/*)
 	launch/install.sh
 	touch $@
 
@@ -76,6 +79,13 @@ fuzz: .venv/installed-test
 bench-cpu: .venv/installed-test
 	.venv/bin/python benchmarks/training_step.py --json benchmarks/results/training-step-cpu.json
 
+bench-kernels: .venv/installed-test
+	.venv/bin/python benchmarks/kernels_cpu.py --json benchmarks/results/kernels-cpu.json
+
+bench-schedules: .venv/installed-test
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/pipeline_schedules.py \
+		--json benchmarks/results/pipeline-schedules.json
+
 bench-network: .venv/installed-test
 	.venv/bin/python benchmarks/overlap_network.py --only tensor --rounds 5 \
 		--json benchmarks/results/overlap-tensor.json
@@ -83,4 +93,4 @@ bench-network: .venv/installed-test
 		--json benchmarks/results/overlap-data.json
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build *.egg-info megallama/kernels/_native*

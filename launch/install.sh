@@ -38,3 +38,5 @@ install_torch() {
 .venv/bin/python -c 'import importlib.metadata as m, sys
 sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' "$torch" 2>/dev/null || install_torch
 pip install -c constraints.txt -e ".$extras"
+.venv/bin/python -c 'import megallama.kernels._native' 2>/dev/null ||
+    echo "install: built no kernels (csrc/); their PyTorch references run instead" >&2

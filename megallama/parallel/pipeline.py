@@ -1,8 +1,8 @@
 """The pipeline's interpreter: runs one rank's list of actions, whatever the schedule.
 
 It knows no model. What a pass does is the business of the `ChunkPasses` that it is given; what is
-sent where and when is the list's. It adds no action, skips none and changes no order, so what the
-simulator proves of a schedule holds here.
+sent where and when is the list's. It adds no action and skips none; a W may begin in the waits of
+the B before it, and ends at its own place.
 """
 
 from __future__ import annotations

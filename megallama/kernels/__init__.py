@@ -1,0 +1,1 @@
+"""The Python face of csrc/: each op beside its plain-PyTorch reference."""

@@ -1,0 +1,23 @@
+"""Runs a test on every variant of the extension that this machine has, and on the references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megallama.kernels import native
+
+
+def cpu_variants() -> list[str]:
+    module = native.extension()
+    return [name for name in native.CPU_VARIANTS if hasattr(module, name)]
+
+
+@pytest.fixture(params=[*cpu_variants(), "reference"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The CPU, with its kernels compiled for one instruction set, or without any."""
+    found = {} if request.param == "reference" else {"cpu": native.variants()["cpu"]}
+    if found:
+        found["cpu"] = getattr(native.extension(), request.param)
+    monkeypatch.setattr(native, "variants", lambda: found)
+    return torch.device("cpu")

@@ -1,0 +1,95 @@
+"""Runs every kernel on memory of exactly its operands' size: `python sanitized.py EXTENSION [+N]`.
+
+For an extension that is built with AddressSanitizer, in an interpreter that has it loaded. Needs no
+torch. Kernels are told that rows have N columns more than they have (0).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from types import ModuleType
+
+SIZES = (4, 2, 2, 8)  # bytes of an element, by its code in csrc/ops.h
+ROWS, HEADS, THREADS, EPS = 5, 3, 2, 1e-5
+
+libc = ctypes.CDLL(None)
+libc.calloc.restype = ctypes.c_void_p
+libc.calloc.argtypes = (ctypes.c_size_t, ctypes.c_size_t)
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(variant: ModuleType, code: int, columns: int, more: int) -> None:
+    """All ops on one type: rows of `columns` elements, called `columns + more`."""
+    size, wide_code = SIZES[code], 3 if code == 3 else 0
+
+    def matrix(rows: int, width: int, element: int = size) -> tuple[int, int]:
+        return libc.calloc(rows * width, element), width
+
+    def heads(width: int) -> tuple[int, int, int]:
+        return libc.calloc(ROWS * HEADS * width, size), HEADS * width, width
+
+    launch = (code, ROWS, columns + more, THREADS)
+    x, y, z, out = (matrix(ROWS, columns) for _ in range(4))
+    w, double, double_out = matrix(1, columns), matrix(ROWS, 2 * columns), matrix(ROWS, 2 * columns)
+    wide = SIZES[wide_code]
+    dw, partials = matrix(1, columns, wide), (matrix(2, columns, wide)[0], 2)
+    variant.rms_norm_forward(launch, x, (0, 0), w, EPS, out, (0, 0))
+    variant.rms_norm_forward(launch, x, y, w, EPS, out, z)
+    variant.rms_norm_backward(launch, x, y, w, EPS, (0, 0), out, partials)
+    variant.rms_norm_backward(launch, x, y, w, EPS, z, out, partials)
+    variant.add_partials((wide_code, 1, columns + more, THREADS), partials, dw)
+    variant.swiglu_forward(launch, double, out)
+    variant.swiglu_backward(launch, x, double, double_out, out)
+    cos, sin = matrix(ROWS, columns, wide), matrix(ROWS, columns, wide)
+    turned, into = heads(2 * columns), heads(2 * columns)
+    variant.rope(launch, HEADS, turned, turned, cos, sin, False)
+    variant.rope(launch, HEADS, turned, into, cos, sin, True)
+
+
+def run_loss_and_update(variant: ModuleType, code: int, columns: int, more: int) -> None:
+    """The cross-entropy, with and without padding, then AdamW and the norm on one row."""
+    size, wide = SIZES[code], SIZES[3 if code == 3 else 0]
+
+    def row(length: int, element: int) -> tuple[int, int]:
+        return libc.calloc(length, element), length
+
+    launch = (code, ROWS, columns + more, THREADS)
+    logits = libc.calloc(ROWS * columns, size), columns
+    labels, first, second = row(ROWS, 8), row(ROWS, wide), row(ROWS, wide)
+    for width in (columns + more, columns // 2):
+        scratch = (libc.calloc(2 * width, wide), 2)
+        variant.cross_entropy_statistics(launch, logits, labels, 0, width, first, second)
+        variant.cross_entropy_gradient(launch, logits, labels, first, 0, width)
+        variant.cross_entropy(launch, logits, labels, width, second, scratch)
+    flat = (code, 1, columns + more, THREADS)
+    weight, divisor = row(columns, size), row(1, wide)
+    master, gradient, *moments = (row(columns, wide) for _ in range(4))
+    factors = (0.9, 0.1, 0.9, 0.1, 1e-3, 1.0, 1e-8)
+    variant.adamw(flat, master, gradient, *moments, weight, divisor, factors)
+    variant.adamw(flat, master, gradient, *moments, (0, 0), divisor, factors)
+    variant.squared_norm((code, 2, columns + more, THREADS), weight, row(2, 8), row(1, 8))
+
+
+def main() -> None:
+    module, more = load(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    names = [name for name in ("portable", "avx2", "avx512") if hasattr(module, name)]
+    for name in names:
+        for code in range(len(SIZES)):
+            for columns in (1, 3, 8, 17, 64, 71, 300):
+                run(getattr(module, name), code, columns, more)
+                run_loss_and_update(getattr(module, name), code, columns, more)
+    print("ran", *names)
+
+
+if __name__ == "__main__":
+    main()

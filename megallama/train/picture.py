@@ -104,7 +104,7 @@ def _draw_loss(axes: Any, run: RunRecord, other: RunRecord | None) -> None:
     figures = summarise(run)
     steps, losses = column(run.steps, "loss")
     if other:
-        _draw_under(axes, other, last_step=int(steps[-1]))
+        _draw_under(axes, other, run)
     _curve(axes, steps, losses, _with_value("training", figures["final_loss"]))
     shown = [losses]
     if run.validations:
@@ -127,11 +127,12 @@ def _draw_loss(axes: Any, run: RunRecord, other: RunRecord | None) -> None:
     )
 
 
-def _draw_under(axes: Any, other: RunRecord, last_step: int) -> None:
+def _draw_under(axes: Any, other: RunRecord, run: RunRecord) -> None:
     """Another run's loss as a wide line, smoothed as this run's is, that this run's lies on."""
-    steps, losses = column([row for row in other.steps if row["step"] <= last_step], "loss")
-    if len(steps) > SMOOTH_ABOVE:
-        at, losses = smooth(losses)
+    last = run.steps[-1]["step"]
+    steps, losses = column([row for row in other.steps if row["step"] <= last], "loss")
+    if len(run.steps) > SMOOTH_ABOVE:
+        at, losses = smooth(losses, half_window(len(run.steps)))
         steps = steps[at]
     axes.plot(steps, losses, color=ORANGE, lw=7, alpha=0.35, label=other.name)
 
@@ -177,7 +178,7 @@ def _curve(
     if smoothed and len(steps) > SMOOTH_ABOVE:
         shown = thin(values)
         axes.plot(steps[shown], values[shown], color=PALE_BLUE, lw=0.9)
-        at, values = smooth(values)
+        at, values = smooth(values, half_window(len(values)))
         steps = steps[at]
     axes.plot(steps, values, color=BLUE, lw=2, marker=marker, ms=4.5, label=label)
     if first == last:
@@ -188,8 +189,13 @@ def _curve(
     axes.set_xlabel("step")
 
 
-def smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, medians): a moving median over 4% of the points, at about 600 of them.
+def half_window(count: int) -> int:
+    """Half the window that smooths a series of `count` points: 2% of them."""
+    return max(2, count // 50)
+
+
+def smooth(values: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices, medians): a moving median over `half` points to either side, at about 600 points.
 
     A median, since one spike would draw a mean into a box. The window is narrow at the start, where
     a loss falls steeply, and one-sided at the end. Gaps (NaN) are left out.
@@ -197,7 +203,6 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = len(values)
     spread = np.concatenate([np.geomspace(1, count, 200) - 1, np.linspace(0, count - 1, 400)])
     at = np.unique(spread.round().astype(int))
-    half = max(2, count // 50)
     windows = (values[max(0, i - min(half, i)) : i + min(half, i) + 1] for i in at)
     known = (window[np.isfinite(window)] for window in windows)
     return at, np.array([np.median(window) if window.size else math.nan for window in known])

@@ -95,8 +95,8 @@ def test_a_run_resumed_in_between_records_the_rest(profiled: Any) -> None:
     assert texts(config) == [["F(0, 4)"]]
 
 
-@pytest.mark.parametrize("start", [None, 3, 7])
-def test_nothing_is_recorded_unasked_or_of_steps_that_do_not_come(
+@pytest.mark.parametrize("start", [None, 3])
+def test_nothing_is_recorded_unasked_or_of_steps_that_are_over(
     make_config: MakeConfig, start: int | None
 ) -> None:
     config = make_config({"train.profile": start and {"start": start}})

@@ -21,7 +21,7 @@ import yaml
 from megallama.cli import report as command
 from megallama.errors import ConfigError
 from megallama.train.metrics import MetricsWriter
-from megallama.train.picture import smooth, thin
+from megallama.train.picture import half_window, smooth, thin
 from megallama.train.record import count_parameters, read_run, summarise, unigram_entropy
 from megallama.train.report import render_page, write_report
 
@@ -393,21 +393,34 @@ def test_parameters_are_counted_from_the_shape() -> None:
 
 def test_smoothing_keeps_a_line_and_drops_a_spike() -> None:
     line = np.linspace(5.0, 1.0, 1001)
-    at, values = smooth(line)
+    at, values = smooth(line, half_window(1001))
     inner = at < 1001 - 20  # the last windows are one-sided
     np.testing.assert_allclose(values[inner], line[at][inner], rtol=1e-12)
     assert at[0] == 0
     assert at[-1] == 1000
     spiky = line.copy()
     spiky[500] = 100.0
-    assert np.abs(smooth(spiky)[1] - values).max() < 0.01
+    assert np.abs(smooth(spiky, half_window(1001))[1] - values).max() < 0.01
+
+
+def test_a_shorter_run_is_smoothed_as_the_longer_one_that_it_began_as() -> None:
+    long = np.random.default_rng(0).normal(size=1000)
+    long_at, long_values = smooth(long, half_window(1000))
+    at, values = smooth(long[:200], half_window(1000))
+    inner = at < 200 - 20  # the last windows are one-sided
+    smoothed = dict(zip(long_at.tolist(), long_values.tolist(), strict=True))
+    common = [
+        (smoothed[i], v) for i, v in zip(at[inner], values[inner], strict=True) if i in smoothed
+    ]
+    assert len(common) > 100
+    assert all(ours == theirs for ours, theirs in common)
 
 
 def test_smoothing_leaves_gaps_out() -> None:
     values = np.full(300, 2.0)
     values[100:110] = math.nan
     values[200:] = math.nan
-    at, smoothed = smooth(values)
+    at, smoothed = smooth(values, half_window(300))
     assert (smoothed[at < 200] == 2.0).all()
     assert np.isnan(smoothed[at > 210]).all()
 

@@ -25,6 +25,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from megallama.autograd.passes import Pass, WgradQueue
 from megallama.config.load import parse_config
+from megallama.config.schedules import default_virtual_stages
 from megallama.data.dataset import Batch
 from megallama.dist.compat import PrefixStore, Store
 from megallama.dist.connect import Groups, connect
@@ -33,7 +34,7 @@ from megallama.parallel.pipeline import Pipeline
 from megallama.spec.grid import ALONE as WHOLE_BATCH
 from megallama.spec.groups import link_name
 from megallama.spec.schedules.actions import Schedule
-from megallama.spec.schedules.build import default_virtual_stages, forward_only, make_schedule
+from megallama.spec.schedules.build import forward_only, make_schedule
 from megallama.train.bench import batches
 from megallama.train.build import Trainer, build_trainer
 from megallama.train.process import Process

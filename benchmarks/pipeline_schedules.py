@@ -25,7 +25,8 @@ from pathlib import Path
 from pipeline_figures import Row, passes_over_simulated, spread, steps_row, waits_row
 from pipeline_rank import Ranks, Step, Walk, schedule_of
 
-from megallama.spec.schedules.build import NAMES, default_virtual_stages
+from megallama.config.schedules import default_virtual_stages
+from megallama.spec.schedules.build import NAMES
 
 #: Seconds of F, of B and of W of a rank's whole share of a micro-batch, and the bytes of a message.
 UNIT, MESSAGE = 0.04, 256 * 1024

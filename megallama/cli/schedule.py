@@ -68,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megallama.cli.schedule_text import show
+    from megallama.config.schedules import default_virtual_stages
     from megallama.errors import EXIT_DONE, ConfigError
     from megallama.files import write_atomic
-    from megallama.spec.schedules.build import default_virtual_stages, make_schedule
+    from megallama.spec.schedules.build import make_schedule
     from megallama.spec.schedules.simulate import simulate
 
     times = (args.forward, args.backward, args.weight)

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from megallama.config.faults import Fault, at
+from megallama.config.schedules import VIRTUAL_STAGES, default_virtual_stages
 from megallama.config.schema import (
-    TWO_CHUNKS,
     Phase,
     Profile,
     RopeScaling,
     Source,
-    chunks_per_rank,
     steps_of,
 )
 
@@ -121,9 +120,8 @@ def _tensor_splits_sequence(
 
 
 def _virtual_stages(schedule: str, virtual_stages: int | None) -> Faults:
-    takes = chunks_per_rank(schedule, None)
-    free = schedule in TWO_CHUNKS and schedule != "zb-v"  # interleaved takes any number
-    if virtual_stages and not free and virtual_stages != takes:
+    takes = VIRTUAL_STAGES[schedule]
+    if takes and virtual_stages and virtual_stages != takes:
         fused = "-fused" if schedule.endswith("-fused") else ""
         yield Fault(
             at("parallel.virtual_stages", virtual_stages),
@@ -135,7 +133,7 @@ def _virtual_stages(schedule: str, virtual_stages: int | None) -> Faults:
 def _chunks_have_layers(
     layers: int, pipeline: int, schedule: str, virtual_stages: int | None
 ) -> Faults:
-    each = chunks_per_rank(schedule, virtual_stages)
+    each = virtual_stages or default_virtual_stages(schedule)
     if pipeline * each > layers:
         fits = layers // each
         more = f"raise model.layers to {pipeline * each}, or have fewer chunks on a rank"
@@ -154,7 +152,7 @@ def _stage_layers(
     virtual_stages: int | None,
     stage_layers: str | tuple[int, ...],
 ) -> Faults:
-    chunks = pipeline * chunks_per_rank(schedule, virtual_stages)
+    chunks = pipeline * (virtual_stages or default_virtual_stages(schedule))
     if isinstance(stage_layers, str) or chunks > layers:
         return
     remedy = f"give {chunks} that sum to {layers}, or use cost or even"

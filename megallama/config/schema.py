@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megallama.config.presets import PRESETS, Preset
+from megallama.config.schedules import default_virtual_stages
 
 
 def _number(value: object) -> object:
@@ -82,9 +83,6 @@ Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Place = Annotated[Path, AfterValidator(_no_nul)]
 Split = Annotated[Literal["cost", "even"] | tuple[Count, ...], WrapValidator(_one_fault)]
-
-#: Schedules that give a pipeline rank two chunks where nothing is said; the others give it one.
-TWO_CHUNKS = ("interleaved", "interleaved-fused", "zb-v")
 
 
 class Strict(BaseModel):
@@ -247,7 +245,7 @@ class Parallel(Section):
     @property
     def chunks_per_rank(self) -> int:
         """Chunks of layers on each pipeline rank, given or as the schedule takes them."""
-        return chunks_per_rank(self.schedule, self.virtual_stages)
+        return self.virtual_stages or default_virtual_stages(self.schedule)
 
     @property
     def forward_chunks(self) -> int:
@@ -350,11 +348,6 @@ class Config(Strict):
     validation: Validation
     checkpoint: Checkpoint
     log: Log
-
-
-def chunks_per_rank(schedule: str, virtual_stages: int | None) -> int:
-    """Chunks of layers on a pipeline rank: as given, or what the schedule takes."""
-    return virtual_stages or (2 if schedule in TWO_CHUNKS else 1)
 
 
 def steps_of(tokens: int, sequence_length: int, global_batch: int) -> int:

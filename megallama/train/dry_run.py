@@ -12,6 +12,8 @@ from megallama.spec.stages import chunks_of, owners_of
 from megallama.train.build import build_dataset
 from megallama.train.device import choose_device
 
+#: More ranks than these are not listed.
+MOST_RANKS = 64
 MIB = 1 << 20
 
 
@@ -44,8 +46,8 @@ def dry_run(config: Config, processes: int = 1) -> int:
 
 
 def _show_layout(config: Config, grid: Grid) -> None:
-    """Where each rank stands, and in a pipeline the layers of each chunk."""
-    if grid.size > 1:
+    """Where each rank stands, where they are few, and in a pipeline the layers of each chunk."""
+    if 1 < grid.size <= MOST_RANKS:
         print(grid)
     if grid.pipeline > 1:
         print(f"schedule: {config.parallel.schedule}")

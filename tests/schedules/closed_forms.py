@@ -6,7 +6,7 @@ et al., arXiv 2401.10241 (ZB-H1, ZB-H2, ZB-V), table 1 and §6; the fused forms'
 
 from __future__ import annotations
 
-from megallama.spec.schedules.build import VIRTUAL_STAGES
+from megallama.config.schedules import VIRTUAL_STAGES
 
 
 def virtual_stages(name: str, most: int) -> range:

@@ -5,37 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from megallama.config.schedules import VIRTUAL_STAGES
 from megallama.errors import ConfigError
 from megallama.spec.schedules.actions import Schedule
-from megallama.spec.schedules.messages import Pass, only_forward, whole_lists
+from megallama.spec.schedules.messages import Slot, only_forward, whole_lists
 from megallama.spec.schedules.plain import gpipe, interleaved, one_f_one_b
 from megallama.spec.schedules.zero_bubble import joined, zb_h1, zb_h2, zb_v
 
-#: Name → the virtual stages it takes; None: any number, 1 being the form that is not interleaved.
-VIRTUAL_STAGES: Mapping[str, int | None] = MappingProxyType(
-    {
-        "gpipe": 1,
-        "1f1b": 1,
-        "interleaved": None,
-        "zb-h1": 1,
-        "zb-h2": 1,
-        "zb-v": 2,
-        "1f1b-fused": 1,
-        "interleaved-fused": None,
-    }
-)
 NAMES: tuple[str, ...] = tuple(VIRTUAL_STAGES)
 
-_Ranks = list[list[Pass]]
+_Ranks = list[list[Slot]]
 _ONE_CHUNK: Mapping[str, Callable[[int, int], _Ranks]] = MappingProxyType(
     {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1, "zb-h2": zb_h2, "zb-v": zb_v}
 )
-
-
-def default_virtual_stages(name: str) -> int:
-    """The number of virtual stages where none is asked for. Raises ConfigError."""
-    _check_name(name)
-    return VIRTUAL_STAGES[name] or 2
 
 
 def chunk_owners(name: str, stages: int, virtual_stages: int) -> tuple[int, ...]:
@@ -79,13 +61,9 @@ def _ranks(name: str, stages: int, micro_batches: int, virtual_stages: int) -> _
     return _ONE_CHUNK[name](stages, micro_batches)
 
 
-def _check_name(name: str) -> None:
+def _check(name: str, stages: int, micro_batches: int, virtual_stages: int) -> None:
     if name not in VIRTUAL_STAGES:
         raise ConfigError(f"schedule {name!r}: is not a schedule; use one of {', '.join(NAMES)}")
-
-
-def _check(name: str, stages: int, micro_batches: int, virtual_stages: int) -> None:
-    _check_name(name)
     counts = {
         "stages": stages,
         "micro-batches": micro_batches,

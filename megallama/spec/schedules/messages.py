@@ -19,10 +19,10 @@ from megallama.spec.schedules.actions import (
 )
 
 #: What a rank computes at one time.
-Pass = Compute | Fused
+Slot = Compute | Fused
 
 
-def halves(action: Pass) -> tuple[Compute, ...]:
+def halves(action: Slot) -> tuple[Compute, ...]:
     """The passes of an action: both of a fused one."""
     return (action.forward, action.backward) if isinstance(action, Fused) else (action,)
 
@@ -55,7 +55,7 @@ def _what(one: Compute) -> Literal["activations", "gradient"]:
 
 
 def whole_lists(
-    ranks: Sequence[Sequence[Pass]], owners: Sequence[int], training: bool = True
+    ranks: Sequence[Sequence[Slot]], owners: Sequence[int], training: bool = True
 ) -> tuple[tuple[Action, ...], ...]:
     """Adds to each rank's passes its Send, Receive and, in `training`, Reduce and Step actions.
 
@@ -83,7 +83,7 @@ def whole_lists(
 
 def _receives(
     rank: int,
-    actions: Sequence[Pass],
+    actions: Sequence[Slot],
     owners: Sequence[int],
     sends: Sequence[Sequence[Sequence[Send]]],
 ) -> dict[int, list[Receive]]:
@@ -109,7 +109,7 @@ def _receives(
     return posted
 
 
-def _last_of_chunks(actions: Sequence[Pass]) -> dict[int, list[int]]:
+def _last_of_chunks(actions: Sequence[Slot]) -> dict[int, list[int]]:
     """Index of a pass → the chunks whose gradients are whole after it."""
     last = {
         one.chunk: index

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from itertools import chain
 
 from megallama.spec.schedules.actions import Compute, Fused
-from megallama.spec.schedules.messages import Pass
+from megallama.spec.schedules.messages import Slot
 
 
-def gpipe(stages: int, micro_batches: int) -> list[list[Pass]]:
+def gpipe(stages: int, micro_batches: int) -> list[list[Slot]]:
     """All forwards, then all backwards (Huang et al., arXiv 1811.06965).
 
     The backwards go in ascending order as in every schedule: the sum of a weight's gradient then
@@ -24,7 +24,7 @@ def gpipe(stages: int, micro_batches: int) -> list[list[Pass]]:
     ]
 
 
-def one_f_one_b(stages: int, micro_batches: int, fused: bool = False) -> list[list[Pass]]:
+def one_f_one_b(stages: int, micro_batches: int, fused: bool = False) -> list[list[Slot]]:
     """1F1B (PipeDream-flush; Narayanan et al., arXiv 2104.04473, figure 4).
 
     Warm-up of rank r: p-r-1 forwards. In the fused form the pair F(i), BW(j) begins when both have
@@ -42,7 +42,7 @@ def one_f_one_b(stages: int, micro_batches: int, fused: bool = False) -> list[li
 
 def interleaved(
     stages: int, micro_batches: int, virtual_stages: int, fused: bool = False
-) -> list[list[Pass]]:
+) -> list[list[Slot]]:
     """Interleaved 1F1B (Narayanan et al., arXiv 2104.04473, §2.2), for more than one chunk a rank.
 
     Micro-batches go in groups of p; a group passes through all chunks of a rank before the next
@@ -71,9 +71,9 @@ def interleaved(
     return ranks
 
 
-def without(actions: Sequence[Pass], micro_batches: int) -> list[Pass]:
+def without(actions: Sequence[Slot], micro_batches: int) -> list[Slot]:
     """The list without the passes of micro-batches from `micro_batches` on."""
-    found: list[Pass] = []
+    found: list[Slot] = []
     for action in actions:
         if isinstance(action, Fused):
             both = (action.forward, action.backward)
@@ -86,11 +86,11 @@ def without(actions: Sequence[Pass], micro_batches: int) -> list[Pass]:
 
 def _in_pairs(
     forwards: Sequence[Compute], backwards: Sequence[Compute], warm_up: int, fused: bool
-) -> list[Pass]:
+) -> list[Slot]:
     """Some forwards, then a forward and a backward by turns, then the backwards that are left."""
     warm_up = min(warm_up, len(forwards))
     pairs = list(zip(forwards[warm_up:], backwards, strict=False))
-    steady: list[Pass] = (
+    steady: list[Slot] = (
         [Fused(forward, backward) for forward, backward in pairs]
         if fused
         else list(chain.from_iterable(pairs))

@@ -15,7 +15,7 @@ from megallama.spec.schedules.actions import (
     Schedule,
     Send,
 )
-from megallama.spec.schedules.messages import Pass, halves, taken_by
+from megallama.spec.schedules.messages import Slot, halves, taken_by
 from megallama.spec.schedules.promises import peak_in_flight, peak_weight_states
 
 
@@ -27,7 +27,7 @@ class ScheduleError(RuntimeError):
 class Timed:
     """A pass, or a fused action, with its time."""
 
-    action: Pass
+    action: Slot
     start: float
     end: float
 
@@ -174,7 +174,7 @@ class _Run:
             rank.at += 1
         return told
 
-    def _compute(self, number: int, action: Pass) -> bool:
+    def _compute(self, number: int, action: Slot) -> bool:
         """Run a pass if all that it takes has a time; whether it did."""
         rank = self.ranks[number]
         start = rank.free
@@ -203,7 +203,7 @@ class _Run:
             return None
         return max(link.sent[k][1], link.posted[k][1]) + self.latency
 
-    def _refuse_early(self, number: int, action: Pass, one: Compute) -> None:
+    def _refuse_early(self, number: int, action: Slot, one: Compute) -> None:
         """Raises ScheduleError where a pass waits for one that its own rank has not run before."""
         done, chunk, i = self.ranks[number].done, one.chunk, one.micro_batch
         if one.kind == "F":

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megallama.spec.schedules.actions import Compute
-from megallama.spec.schedules.messages import Pass, made_by
+from megallama.spec.schedules.messages import Slot, made_by
 from megallama.spec.schedules.plain import without
 
 
-def zb_h1(stages: int, micro_batches: int) -> list[list[Pass]]:
+def zb_h1(stages: int, micro_batches: int) -> list[list[Slot]]:
     """ZB-H1 (arXiv 2401.10241, §2.1): 1F1B's memory, a third of its bubble in unit times.
 
     Rank r begins with p-r forwards and runs W r micro-batches behind B.
@@ -22,7 +22,7 @@ def zb_h1(stages: int, micro_batches: int) -> list[list[Pass]]:
     return [_h(rank, micro_batches, stages - rank, rank) for rank in range(stages)]
 
 
-def zb_h2(stages: int, micro_batches: int) -> list[list[Pass]]:
+def zb_h2(stages: int, micro_batches: int) -> list[list[Slot]]:
     """ZB-H2 (arXiv 2401.10241, §2.2): no bubble in unit times, about twice 1F1B's memory.
 
     Rank r begins with 2(p-r)-1 forwards and runs W 2r micro-batches behind B.
@@ -30,10 +30,10 @@ def zb_h2(stages: int, micro_batches: int) -> list[list[Pass]]:
     return [_h(rank, micro_batches, 2 * (stages - rank) - 1, 2 * rank) for rank in range(stages)]
 
 
-def _h(rank: int, micro_batches: int, warm_up: int, delay: int) -> list[Pass]:
+def _h(rank: int, micro_batches: int, warm_up: int, delay: int) -> list[Slot]:
     """Forwards first, then B(j), W(j - delay) and a forward by turns, then the W that are left."""
     warm_up = min(warm_up, micro_batches)
-    found: list[Pass] = [Compute("F", rank, i) for i in range(warm_up)]
+    found: list[Slot] = [Compute("F", rank, i) for i in range(warm_up)]
     for j in range(micro_batches):
         found.append(Compute("B", rank, j))
         if j >= delay:
@@ -44,7 +44,7 @@ def _h(rank: int, micro_batches: int, warm_up: int, delay: int) -> list[Pass]:
     return found + [Compute("W", rank, j) for j in left]
 
 
-def zb_v(stages: int, micro_batches: int) -> list[list[Pass]]:
+def zb_v(stages: int, micro_batches: int) -> list[list[Slot]]:
     """ZB-V (arXiv 2401.10241, §6): no bubble where F = B = W, in 1F1B's memory.
 
     Rank r has chunk r of the way down the ranks and chunk 2p-1-r of the way back, so the last
@@ -56,7 +56,7 @@ def zb_v(stages: int, micro_batches: int) -> list[list[Pass]]:
     return [without(_v(rank, stages, whole), micro_batches) for rank in range(stages)]
 
 
-def _v(rank: int, stages: int, micro_batches: int) -> list[Pass]:
+def _v(rank: int, stages: int, micro_batches: int) -> list[Slot]:
     """The phases of one rank, for 2p-1 micro-batches or more.
 
     A unit of time is a chunk's pass. The head's first backward can begin after 2p forwards of
@@ -66,7 +66,7 @@ def _v(rank: int, stages: int, micro_batches: int) -> list[Pass]:
     """
     down, back = rank, 2 * stages - 1 - rank
     done = {(kind, chunk): 0 for kind in "FBW" for chunk in (down, back)}
-    found: list[Pass] = []
+    found: list[Slot] = []
 
     def add(*kinds: tuple[str, int]) -> None:
         for kind, chunk in kinds:
@@ -94,12 +94,12 @@ def _v(rank: int, stages: int, micro_batches: int) -> list[Pass]:
     return found
 
 
-def joined(actions: Sequence[Pass], owners: Sequence[int]) -> list[Pass]:
+def joined(actions: Sequence[Slot], owners: Sequence[int]) -> list[Slot]:
     """B and W as one BW where they stand together and B's gradient goes to no other rank.
 
     Anywhere else B alone lets the gradient leave earlier, by W's whole time.
     """
-    found: list[Pass] = []
+    found: list[Slot] = []
     for action in actions:
         before = found[-1] if found else None
         if (

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from megallama.cli.main import main
 from megallama.cli.schedule_text import SHADES, row, show
-from megallama.spec.schedules.build import NAMES, default_virtual_stages, make_schedule
+from megallama.config.schedules import default_virtual_stages
+from megallama.spec.schedules.build import NAMES, make_schedule
 from megallama.spec.schedules.simulate import simulate
 
 Captured = pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megallama.config.checks import cross_check
-from megallama.spec.schedules.build import VIRTUAL_STAGES
+from megallama.config.schedules import VIRTUAL_STAGES
 
 
 def source(name: str = "a", path: str = "p") -> dict:

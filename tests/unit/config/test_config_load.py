@@ -21,7 +21,8 @@ from megallama.config import (
     parse_config,
     schema,
 )
-from megallama.spec.schedules.build import NAMES, default_virtual_stages
+from megallama.config.schedules import default_virtual_stages
+from megallama.spec.schedules.build import NAMES
 
 
 @pytest.fixture

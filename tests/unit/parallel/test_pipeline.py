@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from megallama.autograd.passes import Pass, WgradQueue
+from megallama.config.schedules import default_virtual_stages
 from megallama.dist.handle import Done
 from megallama.dist.recorder import Recorder
 from megallama.parallel.pipeline import Pipeline
 from megallama.spec.schedules.actions import Compute, Fused, Reduce, Schedule, Send, Step, passes
-from megallama.spec.schedules.build import NAMES, default_virtual_stages, make_schedule
+from megallama.spec.schedules.build import NAMES, make_schedule
 from megallama.spec.schedules.promises import peak_in_flight, peak_weight_states
 
 STAGES, MICRO_BATCHES = 3, 7

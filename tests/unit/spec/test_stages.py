@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megallama.config.schedules import default_virtual_stages
 from megallama.config.schema import Model, Parallel
 from megallama.spec.buckets import buckets
 from megallama.spec.grid import ALONE, Grid, Place
 from megallama.spec.parameters import EMBEDDING, parameter_table
-from megallama.spec.schedules.build import NAMES, default_virtual_stages, make_schedule
+from megallama.spec.schedules.build import NAMES, make_schedule
 from megallama.spec.shards import shard_table
 from megallama.spec.stages import (
     Chunk,

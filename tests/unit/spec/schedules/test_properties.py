@@ -10,14 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megallama.config.schedules import VIRTUAL_STAGES, default_virtual_stages
 from megallama.errors import ConfigError
 from megallama.spec.schedules.actions import Compute, Receive, Reduce, Schedule, Send, passes
-from megallama.spec.schedules.build import (
-    NAMES,
-    VIRTUAL_STAGES,
-    default_virtual_stages,
-    make_schedule,
-)
+from megallama.spec.schedules.build import NAMES, make_schedule
 from megallama.spec.schedules.messages import whole_lists
 from megallama.spec.schedules.simulate import simulate
 from tests.schedules.closed_forms import bubble, virtual_stages

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megallama.config.schedules import VIRTUAL_STAGES
 from megallama.spec.schedules.actions import Action, Compute, Fused, Receive, Schedule, Send, passes
-from megallama.spec.schedules.build import NAMES, VIRTUAL_STAGES, make_schedule
+from megallama.spec.schedules.build import NAMES, make_schedule
 from megallama.spec.schedules.messages import whole_lists
 from megallama.spec.schedules.simulate import ScheduleError, simulate
 

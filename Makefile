@@ -60,8 +60,10 @@ lint: .venv/installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# Two processes share what needs one; the rest starts up to eight of its own.
 test: lint
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/unit tests/reference
+	.venv/bin/python -m pytest tests/dist tests/layouts tests/gpu
 
 # N combinations of seed SEED; a failing one is printed as the command that repeats it.
 N := 200

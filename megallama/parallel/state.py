@@ -27,6 +27,10 @@ from megallama.spec.shards import Piece, Shard
 
 Tensors = dict[str, Tensor]
 
+#: Bytes. On a CPU the last bit of a GEMM depends on where its operands begin (MKL), and where a
+#: parameter begins would depend on which others are on its rank.
+ALIGNMENT = 64
+
 
 class ParameterState:
     """Weights, gradients and masters of a table of shards, by the parameter's name.
@@ -121,7 +125,12 @@ class ParameterState:
 def _tensors(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
 ) -> Tensors:
-    """Zeros of these shapes in one flat buffer."""
+    """Zeros of these shapes in one flat buffer, each from a multiple of ALIGNMENT on."""
     sizes = [prod(shape) for shape in shapes.values()]
-    pieces = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
-    return {n: piece.view(shapes[n]) for n, piece in zip(shapes, pieces, strict=True)}
+    unit = ALIGNMENT // dtype.itemsize
+    room = [-(-size // unit) * unit for size in sizes]
+    pieces = torch.zeros(sum(room), dtype=dtype, device=device).split(room)
+    return {
+        name: piece[:size].view(shapes[name])
+        for name, size, piece in zip(shapes, sizes, pieces, strict=True)
+    }

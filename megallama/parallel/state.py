@@ -109,7 +109,7 @@ class ParameterState:
                 yield piece, tensors[shard.name][piece.rows]
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes of each kind of buffer."""
+        """Bytes of each kind of buffer, without the gaps that align its tensors."""
         kinds = {"weights": self.padded_weights, "gradients": self.padded_gradients}
         if self.compute != self.wide:
             kinds["masters"] = self.masters

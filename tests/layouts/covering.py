@@ -103,7 +103,7 @@ BITWISE = (
     # Odd sizes: parameters began at other addresses than in one process, and W2's bits differed.
     Case.parse(
         "tensor=1 data=1 pipeline=8 schedule=zb-v overlap=none heads=7 kv_heads=7 vocab=56 "
-        "masked=True precision=fp32 d_model=42 layers=18 ffn=11 sequence=11 seed=937"
+        "masked=True precision=fp32 wire=bf16 d_model=42 layers=18 ffn=11 sequence=11 seed=937"
     ),
     Case.parse(
         "tensor=1 data=1 pipeline=2 schedule=interleaved virtual=3 layers=6 micro_batches=5"

@@ -63,9 +63,17 @@ def nvcc_flags(archs: Sequence[str], variants: Sequence[str] = ("cuda",)) -> lis
 
 
 def definitions(variants: Sequence[str], variant: str | None = None) -> list[str]:
-    """The list of variants that ops.h declares, and the one that this file is compiled for."""
-    every = f"-DMEGALLAMA_VARIANTS(V)={' '.join(f'V({name})' for name in variants)}"
-    return [every, f"-DMEGALLAMA_VARIANT={variant}"] if variant else [every]
+    """The lists of variants that ops.h declares, and the one that this file is compiled for."""
+
+    def listed(names: Sequence[str]) -> str:
+        return " ".join(f"V({name})" for name in names)
+
+    cpu = [name for name in variants if name != "cuda"]
+    lists = [
+        f"-DMEGALLAMA_VARIANTS(V)={listed(variants)}",
+        f"-DMEGALLAMA_CPU_VARIANTS(V)={listed(cpu)}",
+    ]
+    return [*lists, f"-DMEGALLAMA_VARIANT={variant}"] if variant else lists
 
 
 def commands(work: Path, flags: Sequence[str]) -> dict[Path, tuple[Path, list[str]]]:

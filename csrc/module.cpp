@@ -58,11 +58,14 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "Kernels on raw pointers; megallama.kernels checks what it hands them.";
 #define MEGALLAMA_BIND_OP(name, parameters) \
   variant.def(#name, &ops::name, py::call_guard<py::gil_scoped_release>());
-#define MEGALLAMA_BIND(which)                          \
-  if (runs::which()) {                                 \
-    namespace ops = megallama::which;                  \
+#define MEGALLAMA_BIND_LIST(which, LIST)                \
+  if (runs::which()) {                                  \
+    namespace ops = megallama::which;                   \
     py::module_ variant = module.def_submodule(#which); \
-    MEGALLAMA_OPS(MEGALLAMA_BIND_OP)                   \
+    LIST(MEGALLAMA_BIND_OP)                             \
   }
+#define MEGALLAMA_BIND(which) MEGALLAMA_BIND_LIST(which, MEGALLAMA_OPS)
+#define MEGALLAMA_BIND_CPU(which) MEGALLAMA_BIND_LIST(which, MEGALLAMA_CPU_OPS)
   MEGALLAMA_VARIANTS(MEGALLAMA_BIND)
+  MEGALLAMA_CPU_VARIANTS(MEGALLAMA_BIND_CPU)
 }

@@ -59,11 +59,19 @@ struct AdamW {
              Rows divisor, AdamW update))                                                           \
   OP(squared_norm, (Launch launch, Rows x, Rows partials, Rows sum))
 
+// What CUDA's libraries do well enough: ops of the CPU variants only.
+#define MEGALLAMA_CPU_OPS(OP)
+
 #define MEGALLAMA_DECLARE_OP(name, parameters) void name parameters;
 #define MEGALLAMA_DECLARE(variant) \
   namespace variant {              \
   MEGALLAMA_OPS(MEGALLAMA_DECLARE_OP) \
   }
+#define MEGALLAMA_DECLARE_CPU(variant) \
+  namespace variant {                  \
+  MEGALLAMA_CPU_OPS(MEGALLAMA_DECLARE_OP) \
+  }
 MEGALLAMA_VARIANTS(MEGALLAMA_DECLARE)
+MEGALLAMA_CPU_VARIANTS(MEGALLAMA_DECLARE_CPU)
 
 }  // namespace megallama

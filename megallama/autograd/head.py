@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megallama.autograd.cross_entropy import Wgrad
-from megallama.autograd.layer import Filling
+from megallama.autograd.filling import Fill, Filling, fill_and_normalise
 from megallama.autograd.passes import Pass, in_turns
 from megallama.autograd.protocols import Norm, Tokens
 from megallama.autograd.stash import Saved, Stash
@@ -63,9 +63,9 @@ class Head:
         norm_w = yield self.norm.weight()
         chunks = [torch.empty(0)] * len(x.passes)
 
-        def chunk(index: int, fill: Pass[None], x_cD: Tensor) -> Pass[None]:
-            yield from fill
-            chunks[index] = yield self.tokens.gather_chunk(self.norm.forward(x_cD, norm_w))
+        def chunk(index: int, fill: Fill, x_cD: Tensor) -> Pass[None]:
+            n_cD = yield from fill_and_normalise(fill, x_cD, self.norm, norm_w)
+            chunks[index] = yield self.tokens.gather_chunk(n_cD)
 
         pieces = zip(count(), x.passes, self.tokens.split(x.x_tD), strict=False)
         yield from in_turns([chunk(*piece) for piece in pieces])

@@ -28,13 +28,15 @@ import torch
 from torch import Tensor
 
 from megallama.autograd.attention import attention_backward, attention_forward
+from megallama.autograd.filling import Fill, Filling, Sum, fill_all, fill_and_normalise, filled
 from megallama.autograd.passes import PAUSE, Pass, WgradQueue, in_turns
 from megallama.autograd.protocols import Linear, Norm, Tokens
-from megallama.autograd.rope import Rotation, rope_backward, rope_forward
+from megallama.autograd.rotation import Rotation
 from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Saved, Stash
-from megallama.autograd.swiglu import swiglu_backward, swiglu_forward
 from megallama.dist.handle import Covered, Done, Handle
+from megallama.kernels.rope import rope_backward, rope_forward
+from megallama.kernels.swiglu import swiglu_backward, swiglu_forward
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,6 @@ class Positions:
 
     rotation: Rotation
     segments: Segments
-
-
-@dataclass(frozen=True)
-class Filling:
-    """A tensor (t, D) and, for each of its chunks, the pass that fills it."""
-
-    x_tD: Tensor
-    passes: Sequence[Pass[None]]
-
-
-def filled(x_tD: Tensor, chunks: int) -> Filling:
-    """A tensor that is there."""
-    return Filling(x_tD, [_nothing() for _ in range(chunks)])
 
 
 @dataclass(frozen=True)
@@ -106,8 +95,8 @@ class DecoderLayer:
         x2_tD, z_tD = torch.empty_like(x_tD), torch.empty_like(x_tD)
         w13_fD = yield self.w13.weight()
         gate_up_Tf = qkv_Th.new_empty(len(qkv_Th), len(w13_fD)) if "gate_up" in saves else None
-        residuals = yield from self._project_out(o_Th, x_tD, x2_tD)
-        passes = yield from self._feed_forward(residuals, x2_tD, n2_tD, gate_up_Tf, z_tD)
+        residuals = yield from self._project_out(o_Th, x_tD)
+        passes = yield from self._feed_forward(residuals, x2_tD, n2_tD, gate_up_Tf)
         if stash is not None:
             saved = dict(x=x_tD, n1=n1_tD, qkv=qkv_Th, o=o_Th, lse=lse_TH)
             saved |= dict(x2=x2_tD, n2=n2_tD, gate_up=gate_up_Tf)
@@ -150,7 +139,7 @@ class DecoderLayer:
     def _project_qkv(
         self,
         x_tD: Tensor,
-        before: Sequence[Pass[None]],
+        before: Sequence[Fill],
         n1_tD: Tensor | None,
         positions: Positions,
     ) -> Pass[Tensor]:
@@ -158,48 +147,43 @@ class DecoderLayer:
         norm_w, w_hD = (yield self.norm1.weight()), (yield self.wqkv.weight())
         qkv_Th = x_tD.new_empty(self.tokens.whole_rows(len(x_tD)), len(w_hD))
 
-        def chunk(
-            fill: Pass[None], x_cD: Tensor, n1_cD: Tensor | None, qkv_ch: Tensor
-        ) -> Pass[None]:
-            yield from fill
-            n_cD = self.norm1.forward(x_cD, norm_w)
+        def chunk(fill: Fill, x_cD: Tensor, n1_cD: Tensor | None, qkv_ch: Tensor) -> Pass[None]:
+            n_cD = yield from fill_and_normalise(fill, x_cD, self.norm1, norm_w)
             if n1_cD is not None:
                 n1_cD.copy_(n_cD)
             self.wqkv.forward((yield self.tokens.gather_chunk(n_cD)), w_hD, out=qkv_ch)
 
         pieces = zip(before, *map(self._chunks, (x_tD, n1_tD, qkv_Th)), strict=True)
         yield from in_turns([chunk(*piece) for piece in pieces])
-        rope_forward(self.heads.rotated(qkv_Th), positions.rotation)
+        rope_forward(self.heads.rotated(qkv_Th), *positions.rotation)
         return qkv_Th
 
     def _attend(self, qkv_Th: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         o_THE, lse_TH = attention_forward(*self.heads.split(qkv_Th), positions.segments)
         return o_THE.flatten(1), lse_TH
 
-    def _project_out(self, o_Th: Tensor, x_tD: Tensor, x2_tD: Tensor) -> Pass[Sequence[Pass[None]]]:
+    def _project_out(self, o_Th: Tensor, x_tD: Tensor) -> Pass[Sequence[Fill]]:
         """Passes that fill the chunks of x2."""
         w_Dh = yield self.wo.weight()
 
-        def chunk(index: int, o_ch: Tensor, x_cD: Tensor, x2_cD: Tensor) -> Pass[None]:
+        def chunk(index: int, o_ch: Tensor, x_cD: Tensor) -> Fill:
             out_CD = self.wo.forward(o_ch, w_Dh)
             if index:
                 # The first chunk's all-gather goes before this reduce-scatter. From here on the
                 # second chunk is a turn behind: one computes while the other communicates.
                 yield PAUSE
-            out_cD = yield self.tokens.scatter_chunk(out_CD)
-            torch.add(x_cD, out_cD, out=x2_cD)
+            return Sum(x_cD, (yield self.tokens.scatter_chunk(out_CD)))
 
-        pieces = zip(count(), *map(self._chunks, (o_Th, x_tD, x2_tD)), strict=False)
+        pieces = zip(count(), *map(self.tokens.split, (o_Th, x_tD)), strict=False)
         return [chunk(*piece) for piece in pieces]
 
     def _feed_forward(
         self,
-        before: Sequence[Pass[None]],
+        before: Sequence[Fill],
         x2_tD: Tensor,
         n2_tD: Tensor | None,
         gate_up_Tf: Tensor | None,
-        z_tD: Tensor,
-    ) -> Pass[Sequence[Pass[None]]]:
+    ) -> Pass[Sequence[Fill]]:
         """Passes that fill the chunks of z, each after the one before that fills x2.
 
         n2 and gate_up are kept where there is room for them.
@@ -207,15 +191,8 @@ class DecoderLayer:
         norm_w = yield self.norm2.weight()
         w13_fD, w2_Df = (yield self.w13.weight()), (yield self.w2.weight())
 
-        def chunk(
-            fill: Pass[None],
-            x2_cD: Tensor,
-            n2_cD: Tensor | None,
-            kept_Cf: Tensor | None,
-            z_cD: Tensor,
-        ) -> Pass[None]:
-            yield from fill
-            n_cD = self.norm2.forward(x2_cD, norm_w)
+        def chunk(fill: Fill, x2_cD: Tensor, n2_cD: Tensor | None, kept_Cf: Tensor | None) -> Fill:
+            n_cD = yield from fill_and_normalise(fill, x2_cD, self.norm2, norm_w)
             if n2_cD is not None:
                 n2_cD.copy_(n_cD)
             n_CD = yield self.tokens.gather_chunk(n_cD)
@@ -223,10 +200,9 @@ class DecoderLayer:
             yield PAUSE  # the other chunk's norm and the start of its all-gather fit in here
             out_CD = self.w2.forward(swiglu_forward(gate_up_Cf), w2_Df)
             del n_CD, gate_up_Cf
-            out_cD = yield self.tokens.scatter_chunk(out_CD)
-            torch.add(x2_cD, out_cD, out=z_cD)
+            return Sum(x2_cD, (yield self.tokens.scatter_chunk(out_CD)))
 
-        pieces = zip(before, *map(self._chunks, (x2_tD, n2_tD, gate_up_Tf, z_tD)), strict=True)
+        pieces = zip(before, *map(self._chunks, (x2_tD, n2_tD, gate_up_Tf)), strict=True)
         return [chunk(*piece) for piece in pieces]
 
     def _chunks(self, x: Tensor | None) -> Sequence[Tensor | None]:
@@ -242,9 +218,9 @@ class DecoderLayer:
         if "o" not in saved:
             saved["o"], saved["lse"] = self._attend(saved["qkv"], positions)
         if "x2" not in saved:
-            saved["x2"] = torch.empty_like(saved["x"])
-            passes = yield from self._project_out(saved["o"], saved["x"], saved["x2"])
-            yield from in_turns(passes)
+            x2_tD = torch.empty_like(saved["x"])
+            passes = yield from self._project_out(saved["o"], saved["x"])
+            saved["x2"] = yield from fill_all(Filling(x2_tD, passes))
 
     def _feed_forward_backward(
         self, dz_tD: Tensor, saved: Saved, wgrads: WgradQueue | Saved
@@ -268,7 +244,7 @@ class DecoderLayer:
             pieces = zip(self.tokens.split(n2_TD), self.tokens.split(gate_up_Tf), strict=True)
             for n2_CD, gate_up_Cf in pieces:  # the forward's own GEMMs, bit for bit
                 self.w13.forward(n2_CD, w13, out=gate_up_Cf)
-        dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf)
+        dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf, out=gate_up_Tf)
         dn2 = self.tokens.scatter(self.w13.dgrad(dgate_up_Tf, w13))
         if isinstance(wgrads, WgradQueue):
             n2_TD = yield Covered(n2)
@@ -278,7 +254,7 @@ class DecoderLayer:
         else:
             wgrads.update(dz=dz_tD, act=act_Tf, dgate_up=dgate_up_Tf, n2=n2_tD)
         del dz_TD, n2, dact_Tf, gate_up_Tf, act_Tf, dgate_up_Tf
-        return self.norm2.backward((yield dn2), x2_tD, norm_w).add_(dz_tD)
+        return self.norm2.backward((yield dn2), x2_tD, norm_w, residual=dz_tD)
 
     def _attention_backward(
         self, dx2_tD: Tensor, positions: Positions, saved: Saved, wgrads: WgradQueue | Saved
@@ -302,7 +278,7 @@ class DecoderLayer:
         else:
             wgrads.update(dx2=dx2_tD, o=o_Th, dqkv=dqkv_Th, n1=n1_tD)
         del dx2_TD, n1, do_Th, dqkv_Th, o_Th
-        return self.norm1.backward((yield dn1), x_tD, norm_w).add_(dx2_tD)
+        return self.norm1.backward((yield dn1), x_tD, norm_w, residual=dx2_tD)
 
     def _attend_backward(self, do_Th: Tensor, positions: Positions, saved: Saved) -> Tensor:
         """Return the gradient of the projection's output, before the rotation (T, h)."""
@@ -316,8 +292,8 @@ class DecoderLayer:
         )
         dqkv_Th = torch.empty_like(qkv_Th)
         dq, dk, dv = self.heads.split(dqkv_Th)
-        rope_backward(gradients[0], positions.rotation, out=dq)
-        rope_backward(gradients[1], positions.rotation, out=dk)
+        rope_backward(gradients[0], *positions.rotation, out=dq)
+        rope_backward(gradients[1], *positions.rotation, out=dk)
         dv.copy_(gradients[2])
         return dqkv_Th
 
@@ -325,8 +301,3 @@ class DecoderLayer:
 def _run(*wgrads: Callable[[], None]) -> None:
     for wgrad in wgrads:
         wgrad()
-
-
-def _nothing() -> Pass[None]:
-    """The pass before a tensor that is there."""
-    yield from ()

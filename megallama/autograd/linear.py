@@ -15,9 +15,9 @@ def linear_forward(x_TI: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Ten
     return torch.mm(x_TI, w_OI.T, out=out)
 
 
-def linear_dgrad(dy_TO: Tensor, w_OI: Tensor) -> Tensor:
-    """(T, O) · (O, I) → (T, I)."""
-    return dy_TO @ w_OI
+def linear_dgrad(dy_TO: Tensor, w_OI: Tensor, out: Tensor | None = None) -> Tensor:
+    """(T, O) · (O, I) → (T, I), into `out` where given."""
+    return torch.mm(dy_TO, w_OI, out=out)
 
 
 def linear_wgrad(dy_TO: Tensor, x_TI: Tensor, dw_OI: Tensor) -> None:

@@ -80,6 +80,15 @@ class Norm(Protocol):
 
     def forward(self, x_tD: Tensor, w_D: Tensor) -> Tensor: ...
 
-    def backward(self, dn_tD: Tensor, x_tD: Tensor, w_D: Tensor) -> Tensor:
-        """Return dx and add the weight's gradient into its buffer."""
+    def add_forward(self, x_tD: Tensor, y_tD: Tensor, w_D: Tensor, out: Tensor) -> Tensor:
+        """Write x + y into `out` and return its norm."""
+        ...
+
+    def backward(
+        self, dn_tD: Tensor, x_tD: Tensor, w_D: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        """Return dx, in dn's memory, and add the weight's gradient into its buffer.
+
+        dx includes `residual`, the gradient of x's other use.
+        """
         ...

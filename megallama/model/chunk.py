@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megallama.autograd.filling import Filling, fill_all, filled
 from megallama.autograd.head import Head
-from megallama.autograd.layer import DecoderLayer, Filling, Positions, filled
-from megallama.autograd.passes import Pass, WgradQueue, in_turns
+from megallama.autograd.layer import DecoderLayer, Positions
+from megallama.autograd.passes import Pass, WgradQueue
 from megallama.autograd.stash import Stash
 from megallama.parallel.vocab import VocabParallelEmbedding
 
@@ -55,8 +56,7 @@ class ModelChunk:
         x = yield from self.hidden(batch, x_tD, stash)
         if self.head is not None:
             return (yield from self.head.forward(x, batch.labels_T, stash, HEAD))
-        yield from in_turns(x.passes)
-        return x.x_tD
+        return (yield from fill_all(x))
 
     def hidden(self, batch: MicroBatch, x_tD: Tensor | None, stash: Stash | None) -> Pass[Filling]:
         """The last layer's output."""

@@ -12,7 +12,7 @@ from megallama.autograd.head import Head
 from megallama.autograd.layer import DecoderLayer, Heads, Positions
 from megallama.autograd.linear import linear_forward
 from megallama.autograd.passes import Pass
-from megallama.autograd.rope import RotationTable, rope_frequencies
+from megallama.autograd.rotation import RotationTable, rope_frequencies
 from megallama.autograd.segments import Segments
 from megallama.config.schema import Model
 from megallama.model.chunk import MicroBatch, ModelChunk

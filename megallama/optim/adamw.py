@@ -1,14 +1,14 @@
-"""AdamW (arXiv 1711.05101) on the wide masters, by apex's fused kernel where present, else torch's.
+"""AdamW (arXiv 1711.05101) on the wide masters, which also rounds the weights from them.
 
-m ← β₁·m + (1−β₁)·g, v ← β₂·v + (1−β₂)·g², w ← w − lr·(m̂ / (√v̂ + ε) + λ·w), with weight decay λ
-on matrices only.
+Weight decay is for matrices only. Where csrc/ was not compiled for the GPU, apex's fused kernel
+makes the update if it is there.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,90 +16,86 @@ import torch
 from torch import Tensor
 
 from megallama.config.schema import Optimizer
-from megallama.spec.parameters import Parameter
+from megallama.kernels import native
+from megallama.kernels.adamw import AdamWUpdate, adamw_
+from megallama.parallel.state import ParameterState
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Parameters of one weight decay, as the kernels take them: lists in the same order."""
+class _Owned:
+    """What the update of one parameter reads and writes: this data rank's rows of it."""
 
     weight_decay: float
-    masters: list[Tensor]
-    gradients: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
+    master: Tensor
+    gradient: Tensor
+    moments: tuple[Tensor, Tensor]
+    weight: Tensor | None
 
 
 class AdamW:
-    """The moments of a parameter table, and their update. Moments have the masters' dtype."""
+    """The moments of a state's parameters, and their update. Moments have the masters' dtype."""
 
-    def __init__(
-        self,
-        config: Optimizer,
-        table: Sequence[Parameter],
-        masters: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-    ) -> None:
+    def __init__(self, config: Optimizer, state: ParameterState) -> None:
         self.config = config
         self.updates = 0
-        self.exp_avg = {p.name: torch.zeros_like(masters[p.name]) for p in table}
-        self.exp_avg_sq = {p.name: torch.zeros_like(masters[p.name]) for p in table}
-
-        def group(weight_decay: float, names: list[str]) -> _Group:
-            kinds = (masters, gradients, self.exp_avg, self.exp_avg_sq)
-            return _Group(weight_decay, *([kind[name] for name in names] for kind in kinds))
-
-        self._groups = [
-            group(config.weight_decay, [p.name for p in table if p.decays]),
-            group(0.0, [p.name for p in table if not p.decays]),
+        self.exp_avg = {name: torch.zeros_like(master) for name, master in state.masters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(m) for name, m in state.masters.items()}
+        self._owned = [
+            _Owned(
+                config.weight_decay if shard.parameter.decays else 0.0,
+                state.masters[shard.name],
+                state.own_gradients[shard.name],
+                (self.exp_avg[shard.name], self.exp_avg_sq[shard.name]),
+                state.own_weights.get(shard.name),
+            )
+            for shard in state.table
         ]
 
     def step(self, lr: float, divisor: Tensor) -> None:
-        """Apply one update with the gradients g / `divisor`, a scalar tensor; they stay divided."""
+        """Apply one update with the gradients g / `divisor`, a scalar tensor on their device."""
         self.updates += 1
-        kernel = _apex_adamw if _apex_present() and divisor.is_cuda else _torch_adamw
-        for group in self._groups:
-            # Apart from the kernel: torch's divides by fp32 only, apex's not at all.
-            torch._foreach_div_(group.gradients, divisor)
-            kernel(group, self.config, lr, self.updates)
+        if _apex_stands_in(divisor):
+            self._step_by_apex(lr, divisor)
+            return
+        for one in self._owned:
+            update = AdamWUpdate(
+                lr, self.config.betas, self.config.eps, one.weight_decay, self.updates
+            )
+            adamw_(update, one.master, one.gradient, one.moments, divisor, one.weight)
+
+    def _step_by_apex(self, lr: float, divisor: Tensor) -> None:
+        for weight_decay in {one.weight_decay for one in self._owned}:
+            group = [one for one in self._owned if one.weight_decay == weight_decay]
+            _apex_adamw(group, self.config, lr, self.updates, divisor)
 
 
-def _torch_adamw(group: _Group, config: Optimizer, lr: float, update: int) -> None:
-    # The kernel wants a step counter a tensor; all parameters share one.
-    step = torch.full((), float(update), dtype=torch.float32, device=group.masters[0].device)
-    torch._fused_adamw_(
-        group.masters,
-        group.gradients,
-        group.exp_avgs,
-        group.exp_avg_sqs,
-        [],
-        [step] * len(group.masters),
-        lr=lr,
-        beta1=config.betas[0],
-        beta2=config.betas[1],
-        weight_decay=group.weight_decay,
-        eps=config.eps,
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-def _apex_adamw(group: _Group, config: Optimizer, lr: float, update: int) -> None:
+def _apex_adamw(
+    group: Sequence[_Owned], config: Optimizer, lr: float, update: int, divisor: Tensor
+) -> None:
+    """Update parameters of one weight decay."""
     kernels: Any = importlib.import_module("amp_C")
     apply: Any = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+    masters = [one.master for one in group]
+    # Apart from the kernel, which divides by nothing.
+    gradients = torch._foreach_div([one.gradient for one in group], divisor)
     apply(
         kernels.multi_tensor_adam,
-        torch.zeros(1, dtype=torch.int32, device=group.masters[0].device),
-        [group.gradients, group.masters, group.exp_avgs, group.exp_avg_sqs],
+        torch.zeros(1, dtype=torch.int32, device=divisor.device),
+        [gradients, masters, *zip(*(one.moments for one in group), strict=True)],
         lr,
         *config.betas,
         config.eps,
         update,
         1,  # decoupled weight decay: AdamW
         1,  # bias correction
-        group.weight_decay,
+        group[0].weight_decay,
     )
+    for one in group:
+        if one.weight is not None:
+            one.weight.copy_(one.master)
 
 
-def _apex_present() -> bool:
-    return importlib.util.find_spec("amp_C") is not None
+def _apex_stands_in(x: Tensor) -> bool:
+    """Whether there is no kernel of ours for x's device, but apex's."""
+    missing = x.is_cuda and native.variant_for(x) is None
+    return missing and importlib.util.find_spec("amp_C") is not None

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megallama.autograd.norm import rms_norm_backward, rms_norm_forward
 from megallama.dist.handle import Handle
+from megallama.kernels.rms_norm import (
+    add_rms_norm_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from megallama.parallel.state import ParameterState
 
 
@@ -24,7 +28,13 @@ class SequenceParallelRMSNorm:
     def forward(self, x_tD: Tensor, w_D: Tensor) -> Tensor:
         return rms_norm_forward(x_tD, w_D, self.eps)
 
-    def backward(self, dn_tD: Tensor, x_tD: Tensor, w_D: Tensor) -> Tensor:
-        dx_tD = rms_norm_backward(dn_tD, x_tD, w_D, self.state.gradients[self.name], self.eps)
+    def add_forward(self, x_tD: Tensor, y_tD: Tensor, w_D: Tensor, out: Tensor) -> Tensor:
+        return add_rms_norm_forward(x_tD, y_tD, w_D, self.eps, out=out)[1]
+
+    def backward(
+        self, dn_tD: Tensor, x_tD: Tensor, w_D: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        dw_D = self.state.gradients[self.name]
+        rms_norm_backward(dn_tD, x_tD, w_D, dw_D, self.eps, residual=residual, out=dn_tD)
         self.state.landed(self.name)
-        return dx_tD
+        return dn_tD

@@ -36,7 +36,8 @@ class ParameterState:
     """Weights, gradients and masters of a table of shards, by the parameter's name.
 
     `weights` and `gradients` are what the passes use; `padded_weights` and `padded_gradients` the
-    same with their padding; `masters` and `own_gradients` this data rank's rows.
+    same with their padding; `masters` and `own_gradients` this data rank's rows, and `own_weights`
+    the weights that are rounded from the masters, empty where masters are views of the weights.
 
     `tied_ends`: of a tied model, which of EMBEDDING and OUTPUT this rank has; empty where the model
     is not tied. A rank with the output alone holds a copy of the embedding's weight.
@@ -64,9 +65,11 @@ class ParameterState:
         self.padded_gradients = _tensors(shapes, self.wide, device)
         self.gradients = self._without_padding(self.padded_gradients)
         self.own_gradients = self._own_rows(self.padded_gradients)
+        self.own_weights: Tensors = {}
         if compute == self.wide:
             self.masters = self._own_rows(self.padded_weights)
         else:
+            self.own_weights = self._own_rows(self.padded_weights)
             self.masters = _tensors({s.name: s.own_shape for s in table}, self.wide, device)
         #: Parameter of every gradient that lands here, by the name with which it does.
         self.parameter_of = {s.name: s.name for s in table}
@@ -98,9 +101,9 @@ class ParameterState:
 
     def round_masters(self) -> None:
         """Round the masters into this data rank's rows of the weights, after they changed."""
-        if self.compute != self.wide:
-            own = self._own_rows(self.padded_weights)
-            torch._foreach_copy_(list(own.values()), [self.masters[name] for name in own])
+        if self.own_weights:
+            masters = [self.masters[name] for name in self.own_weights]
+            torch._foreach_copy_(list(self.own_weights.values()), masters)
 
     def pieces(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
         """The rectangles that tensors of this data rank's rows hold, and views of them."""

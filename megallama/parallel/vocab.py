@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megallama.autograd.cross_entropy import LinearCrossEntropy, VocabShard, Wgrad
 from megallama.autograd.embedding import embedding_backward, embedding_forward
-from megallama.autograd.layer import Filling
+from megallama.autograd.filling import Fill, Filling
 from megallama.autograd.passes import Pass
 from megallama.dist.handle import Handle
 from megallama.parallel.state import ParameterState
@@ -42,9 +42,10 @@ class VocabParallelEmbedding:
         w_vD = yield self.state.weight(EMBEDDING)
         x_tD = w_vD.new_empty(self.tokens.shard_rows(len(tokens_T)), w_vD.shape[1])
 
-        def chunk(tokens_C: Tensor, x_cD: Tensor) -> Pass[None]:
+        def chunk(tokens_C: Tensor, x_cD: Tensor) -> Fill:
             rows_CD = embedding_forward(tokens_C - self.vocab.first, w_vD, self.vocab.rows)
             x_cD.copy_((yield self.tokens.scatter_chunk(rows_CD)))
+            return None
 
         pieces = zip(self.tokens.split(tokens_T), self.tokens.split(x_tD), strict=True)
         return Filling(x_tD, [chunk(*piece) for piece in pieces])

@@ -121,11 +121,17 @@ class Zero:
     @contextmanager
     def changing_masters(self) -> Iterator[None]:
         """Masters may change within; then the weights follow, on their way to every data rank."""
+        with self.changing_weights():
+            yield
+            self.state.round_masters()
+
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """This data rank's rows of the weights may change within; then all leave for the others."""
         for handle in self.state.arriving.values():
-            handle.wait()  # masters may be views of what is still being sent
+            handle.wait()  # they may be what is still being sent
         self.state.arriving.clear()
         yield
-        self.state.round_masters()
         for bucket in self.buckets:
             tensors = [self.state.padded_weights[name] for name in bucket]
             arrival = _Once(self.groups.data.all_gather_rows(tensors))

@@ -43,7 +43,7 @@ def rank_bytes(config: Config, place: Place, actions: Sequence[Action]) -> dict[
         "moments": 2 * own * wide,
     }
     if config.parallel.early_step:
-        sizes["kept for early_step"] = 4 * own * wide  # masters, moments, gradients
+        sizes["kept for early_step"] = 3 * own * wide  # masters and moments
     return sizes | _saved(config, place, actions)
 
 

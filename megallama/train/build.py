@@ -86,8 +86,7 @@ def build_trainer(config: Config, process: Process = ALONE, strict: bool = False
     )
     model, zero = build_model(config, device, place, groups.by_name)
     state = model.state
-    parameters = [shard.parameter for shard in state.table]
-    optimizer = AdamW(config.optimizer, parameters, state.masters, state.own_gradients)
+    optimizer = AdamW(config.optimizer, state)
     pipelines = build_pipelines(config, place, groups)
     step = TrainStep(model, zero, optimizer, groups.by_name, place, pipelines, config)
     return Trainer(config, place, groups, model, zero, optimizer, step)

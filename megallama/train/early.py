@@ -2,7 +2,7 @@
 
 The norm is a sum over all ranks, and the last stage's backward ends long before the first one's.
 Inverting AdamW's arithmetic would leave 4% of the elements changed (fp32), so what it changes is
-kept: this data rank's masters, moments and gradients, 16 bytes an element under bf16 and fp32.
+kept: this data rank's masters and moments, 12 bytes an element under bf16 and fp32.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ class EarlyUpdate:
     def apply(self, lr: float, divisor: Tensor) -> None:
         """Update with the gradients g / `divisor`; the weights are on their way after."""
         torch._foreach_copy_(self._kept, self._tensors)
-        with self.zero.changing_masters():
+        with self.zero.changing_weights():
             self.optimizer.step(lr, divisor)
 
     def take_back(self) -> None:
-        """Undo the update, the gradients' division too. Only while masters may change."""
+        """Undo the update. Only while weights may change."""
         torch._foreach_copy_(self._tensors, self._kept)
+        self.zero.state.round_masters()
         self.optimizer.updates -= 1
 
     def _changed(self) -> Iterable[Tensor]:
         state, optimizer = self.zero.state, self.optimizer
-        for kind in (state.masters, state.own_gradients, optimizer.exp_avg, optimizer.exp_avg_sq):
+        for kind in (state.masters, optimizer.exp_avg, optimizer.exp_avg_sq):
             yield from kind.values()

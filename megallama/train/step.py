@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from megallama.parallel.pipeline import Pipeline
 from megallama.parallel.zero import Zero
 from megallama.spec.grid import Place
 from megallama.train.early import EarlyUpdate
-from megallama.train.host import begin_reading
 from megallama.train.passes import Samples, StepPasses, valid_tokens
 from megallama.train.tally import StepResult, Tally
 
@@ -57,6 +57,8 @@ class TrainStep:
         self.tally = Tally(model, groups["world"], place, config)
         self.micro_batch, self.grad_clip = config.train.micro_batch, config.optimizer.grad_clip
         self.early = EarlyUpdate(zero, optimizer) if config.parallel.early_step else None
+        #: What the number is made of that gradients, sums over tokens, are divided by.
+        self.scalar: dict[str, Any] = dict(dtype=model.state.wide, device=model.state.device)
 
     def run(
         self,
@@ -96,11 +98,6 @@ class TrainStep:
         self.pipelines.evaluate(len(passes.samples)).run(passes)
         return passes.sample_losses()
 
-    def divisor(self, factor: float, valid: float) -> Tensor:
-        """What gradients, sums over tokens, are divided by: a scalar in the masters' dtype."""
-        state = self.model.state
-        return torch.full((), 1 / (factor / valid), dtype=state.wide, device=state.device)
-
 
 class _End:
     """The end of one step: reductions, the sum over all ranks, the update."""
@@ -111,8 +108,8 @@ class _End:
         self.owner, self.batch, self.lr, self.requests = step, batch, lr, requests
         self.result: StepResult
         if step.early:  # of all data ranks, long before it is needed
-            counts = torch.from_numpy(valid_tokens(batch)).sum()[None]
-            self.valid = begin_reading(counts.to(step.model.state.device), over=step.data)
+            count = torch.tensor([float(valid_tokens(batch).sum())], dtype=torch.float64)
+            self.valid = step.data.all_reduce(count.to(step.model.state.device))
 
     def reduce(self, chunk: int) -> None:
         self.owner.zero.reduce(chunk)
@@ -121,24 +118,19 @@ class _End:
         owner = self.owner
         owner.zero.finish_gradients()
         reading = owner.tally.begin(self.batch, passes, self.requests())
-        early = self._update_early()
+        early = owner.early
+        if early is not None:
+            # As if nothing were clipped. The host does not wait for the number; where it is 0, the
+            # update is of NaN, and taken back.
+            early.apply(self.lr, self.valid.wait().to(**owner.scalar))
         self.result = result = owner.tally.finish(reading, self.batch.tokens_NS.shape[1])
         factor = clip_factor(result.grad_norm, owner.grad_clip)
         kept = early is not None and result.applied and factor == 1
         if kept or (early is None and not result.applied):
             return
-        with owner.zero.changing_masters():
+        with owner.zero.changing_weights():
             if early is not None:
                 early.take_back()
             if result.applied:
-                owner.optimizer.step(self.lr, owner.divisor(factor, result.valid_tokens))
-
-    def _update_early(self) -> EarlyUpdate | None:
-        """Where asked for, update as if nothing were clipped; None where no update was made."""
-        early = self.owner.early
-        if early is None:
-            return None
-        ((valid,),) = self.valid.finish()
-        if valid:
-            early.apply(self.lr, self.owner.divisor(1.0, valid))
-        return early if valid else None
+                divisor = torch.full((), result.valid_tokens / factor, **owner.scalar)
+                owner.optimizer.step(self.lr, divisor)

@@ -12,8 +12,8 @@ from torch import Tensor
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch
 from megallama.dist.group import Group
+from megallama.kernels.squared_norm import squared_norms
 from megallama.model.llama import Llama
-from megallama.optim.norm import squared_norms
 from megallama.spec.grid import Place
 from megallama.spec.parameters import parameter_table
 from megallama.train.host import Reading, begin_reading

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from megallama.autograd import layer as module
-from megallama.autograd.layer import DecoderLayer, Filling, Heads, Positions
+from megallama.autograd.filling import fill_all, filled
+from megallama.autograd.layer import DecoderLayer, Heads, Positions
 from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
-from megallama.autograd.norm import rms_norm_backward, rms_norm_forward
-from megallama.autograd.passes import Pass, WgradQueue, drive, in_turns
-from megallama.autograd.rope import rope_frequencies, rotation_at
+from megallama.autograd.passes import Pass, WgradQueue, drive
+from megallama.autograd.rotation import rope_frequencies, rotation_at
 from megallama.autograd.segments import Segments
 from megallama.autograd.stash import Saved, Stash
-from megallama.autograd.swiglu import swiglu_forward
 from megallama.dist.handle import Done
+from megallama.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
+from megallama.kernels.swiglu import swiglu_forward
 from megallama.spec.saved import POLICIES
 from tests.unit.autograd.pairs import random
 
@@ -120,9 +121,14 @@ class RecordedNorm:
         self.log.append(f"F {self.name}{chunk_of(x)}")
         return marked(rms_norm_forward(x, w, 1e-5), self.output, x)
 
-    def backward(self, dn: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    def add_forward(self, x: Tensor, y: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        self.log.append(f"F {self.name}{chunk_of(out)}")
+        return marked(add_rms_norm_forward(x, y, w, 1e-5, out=out)[1], self.output, out)
+
+    def backward(self, dn: Tensor, x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
         self.log.append(f"B {self.name}")
-        return marked(rms_norm_backward(dn, x, w, self.dw, 1e-5), self.dx)
+        dx = rms_norm_backward(dn, x, w, self.dw, 1e-5, residual=residual)
+        return marked(dx, self.dx)
 
 
 def build(policy: str, chunks: int = 1) -> tuple[DecoderLayer, list[str], Positions]:
@@ -147,22 +153,14 @@ def build(policy: str, chunks: int = 1) -> tuple[DecoderLayer, list[str], Positi
     return layer, log, Positions(rotation, Segments((T,)))
 
 
-def already_there(x: Tensor, chunks: int) -> Filling:
-    def nothing() -> Pass[None]:
-        yield from ()
-
-    return Filling(x, [nothing() for _ in range(chunks)])
-
-
 def stacked(
     layer: DecoderLayer, times: int, x: Tensor, positions: Positions, stash: Stash | None
 ) -> Pass[Tensor]:
     """The layer several times, one above the other."""
-    filling = already_there(x, layer.tokens.chunks)
+    filling = filled(x, layer.tokens.chunks)
     for key in range(times):
         filling = yield from layer.forward(filling, positions, stash, key)
-    yield from in_turns(filling.passes)
-    return filling.x_tD
+    return (yield from fill_all(filling))
 
 
 def downwards(

@@ -11,10 +11,11 @@ import torch
 from megallama.autograd.attention import attention_backward, attention_forward
 from megallama.autograd.embedding import embedding_backward, embedding_forward
 from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
-from megallama.autograd.norm import rms_norm_backward, rms_norm_forward
-from megallama.autograd.rope import rope_backward, rope_forward, rope_frequencies, rotation_at
+from megallama.autograd.rotation import rope_frequencies, rotation_at
 from megallama.autograd.segments import Segments
-from megallama.autograd.swiglu import swiglu_backward, swiglu_forward
+from megallama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from megallama.kernels.rope import rope_backward, rope_forward
+from megallama.kernels.swiglu import swiglu_backward, swiglu_forward
 from tests.unit.autograd.pairs import check_pair, random
 
 
@@ -57,12 +58,12 @@ def test_rope():
 
     def forward(x):
         y = x.clone()
-        rope_forward(y, rotation)
+        rope_forward(y, *rotation)
         return y
 
     def backward(dy, x):
         dx = torch.full_like(x, torch.nan)
-        rope_backward(dy, rotation, out=dx)
+        rope_backward(dy, *rotation, out=dx)
         return (dx,)
 
     x = random(4, 3, 6)

@@ -1,4 +1,4 @@
-"""AdamW against torch.optim.AdamW, by either kernel."""
+"""AdamW against torch.optim.AdamW, by our kernel and by apex's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def multi_tensor_adam(
 
 @pytest.fixture
 def apex(monkeypatch):
-    """Stand-ins for apex's modules."""
+    """Stand-ins for apex's modules, which are used as where csrc/ has no kernels for the device."""
+    monkeypatch.setattr(adamw, "_apex_stands_in", lambda divisor: True)
     for name in ("amp_C", "apex", "apex.multi_tensor_apply"):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -60,7 +61,7 @@ def train(dtype: torch.dtype, steps: int = 5) -> tuple[ParameterState, AdamW]:
     """Some updates of which each divides its gradients by another number."""
     state = lone_state(TABLE, dtype)
     put(state.masters, start(state))
-    optimizer = AdamW(CONFIG, TABLE, state.masters, state.gradients)
+    optimizer = AdamW(CONFIG, state)
     for step in range(steps):
         for parameter, gradient in zip(TABLE, gradients(state, step), strict=True):
             state.gradients[parameter.name].copy_(gradient)
@@ -95,7 +96,7 @@ def reference(dtype: torch.dtype, steps: int = 5) -> ParameterState:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torch_kernel(dtype):
+def test_updates(dtype):
     state, optimizer = train(dtype)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
     expected = flat(reference(dtype).masters)
@@ -103,41 +104,47 @@ def test_torch_kernel(dtype):
     assert optimizer.updates == 5
 
 
-@pytest.mark.usefixtures("apex")
+def test_gradients_are_left_as_they_are():
+    state, _ = train(torch.float32)
+    for parameter, gradient in zip(TABLE, gradients(state, 4), strict=True):
+        assert torch.equal(state.gradients[parameter.name], gradient)
+
+
+@pytest.mark.parametrize("by_apex", [False, True])
+def test_weights_are_rounded_from_the_masters(by_apex, request):
+    if by_apex:
+        request.getfixturevalue("apex")
+    state, _ = train(torch.bfloat16)
+    for name, master in state.masters.items():
+        assert torch.equal(state.weights[name], master.bfloat16()), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_apex_kernel(dtype, monkeypatch):
-    """apex's arguments are given in its order, and the result is the other kernel's."""
-    by_torch, torch_optimizer = train(dtype)
-    # The kernel is chosen on CUDA alone; here it stands in for the other.
-    monkeypatch.setattr(adamw, "_torch_adamw", adamw._apex_adamw)
-    by_apex, apex_optimizer = train(dtype)
+def test_apex_kernel(dtype, request):
+    """apex's arguments are given in its order, and the result is our kernel's."""
+    ours, our_optimizer = train(dtype)
+    request.getfixturevalue("apex")
+    theirs, their_optimizer = train(dtype)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
 
     def assert_close(a, b):
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
-    assert_close(flat(by_apex.masters), flat(by_torch.masters))
+    assert_close(flat(theirs.masters), flat(ours.masters))
     for kind in ("exp_avg", "exp_avg_sq"):
-        ours, theirs = getattr(apex_optimizer, kind), getattr(torch_optimizer, kind)
-        for name, moment in ours.items():
-            assert_close(moment, theirs[name])
+        for name, moment in getattr(our_optimizer, kind).items():
+            assert_close(moment, getattr(their_optimizer, kind)[name])
 
 
-def test_apex_is_used_where_it_is_present_and_on_cuda_alone(monkeypatch, request):
-    monkeypatch.setitem(sys.modules, "amp_C", None)
-    monkeypatch.delitem(sys.modules, "amp_C")
-    assert not adamw._apex_present()
-    request.getfixturevalue("apex")
-    assert adamw._apex_present()
-    monkeypatch.setattr(adamw, "_apex_adamw", None)  # calling it would fail
-    train(torch.float32, steps=1)
+def test_apex_is_for_cuda_alone():
+    assert not adamw._apex_stands_in(torch.zeros(()))
 
 
 def test_weight_decay_is_for_matrices_alone():
     state = lone_state(TABLE, torch.float64)
     for master in state.masters.values():
         master.fill_(2.0)
-    AdamW(CONFIG, TABLE, state.masters, state.gradients).step(0.1, torch.ones((), dtype=state.wide))
+    AdamW(CONFIG, state).step(0.1, torch.ones((), dtype=state.wide))
     for name, master in state.masters.items():
         expected = 2.0 if master.dim() == 1 else 2.0 * (1 - 0.1 * 0.3)
         assert torch.allclose(master, torch.tensor(expected, dtype=torch.float64)), name
@@ -147,7 +154,7 @@ def test_the_first_update_is_the_rate_times_the_sign():
     """m̂ / (√v̂ + ε) of one gradient is its sign; a closed form of the bias corrections."""
     state = lone_state(TABLE, torch.float64)
     config = optimizer_config(eps=1e-30, weight_decay=0.0)
-    optimizer = AdamW(config, TABLE, state.masters, state.gradients)
+    optimizer = AdamW(config, state)
     put(state.gradients, {n: torch.randn_like(g) for n, g in state.gradients.items()})
     gradient = flat(state.gradients)
     optimizer.step(0.25, torch.full((), 5.0, dtype=state.wide))

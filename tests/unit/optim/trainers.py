@@ -41,8 +41,7 @@ def build_step(
     groups = connect(None, 0, ALONE.groups(kv_heads=1), model.state.device)
     state, config = model.state, config or optimizer_config()
     zero = Zero(state, ZeroGroups(group, group, group))
-    parameters = [shard.parameter for shard in state.table]
-    optimizer = AdamW(config, parameters, state.masters, state.own_gradients)
+    optimizer = AdamW(config, state)
     train = {"steps": 1, "sequence_length": 1}
     train |= {"micro_batch": micro_batch, "global_batch": micro_batch}
     sections = {"model": model_config(shape), "optimizer": config}

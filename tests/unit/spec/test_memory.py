@@ -86,8 +86,7 @@ def test_they_are_the_buffers_that_a_rank_makes(grid, precision, tied):
 
 def check_buffers(sizes: dict[str, int], state: ParameterState) -> None:
     """The sizes are those of the state's buffers and of an optimizer's."""
-    parameters = [shard.parameter for shard in state.table]
-    optimizer = AdamW(optimizer_config(), parameters, state.masters, state.own_gradients)
+    optimizer = AdamW(optimizer_config(), state)
     held = state.bytes_held()
     assert {name: sizes[name] for name in held} == held
     assert sizes["masters"] == held.get("masters", 0)
@@ -200,9 +199,9 @@ def test_chunks_of_a_rank_count_with_their_own_layers():
     assert peak_layers(actions, {0: 1, 1: 2, 2: 5}, "B", ("W",)) == 0
 
 
-def test_an_early_step_keeps_this_rank_s_optimizer_state_and_gradients():
-    """Masters, two moments and gradients: 16 bytes of fp32 for each parameter that it has."""
+def test_an_early_step_keeps_this_rank_s_masters_and_moments():
+    """12 bytes of fp32 for each parameter that it has."""
     grid = Grid(data=2, pipeline=2)
     plain, early = (held_bytes(pipeline(grid, early_step=on), grid) for on in (False, True))
-    assert early.pop("kept for early_step") == plain["masters"] + 1.5 * plain["moments"]
+    assert early.pop("kept for early_step") == plain["masters"] + plain["moments"]
     assert early == plain

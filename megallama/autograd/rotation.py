@@ -1,13 +1,13 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), rotating the two halves of a head.
+"""The angles of the rotary position embedding (RoFormer, arXiv 2104.09864).
 
-A rotation's backward is the inverse rotation, so nothing is saved. Each pair of elements
-(x₁, x₂) = (x[e], x[e + E/2]) turns by the angle position · θ^(−2e/E).
+Each pair of a head's elements (x[e], x[e + E/2]) turns by position · θ^(−2e/E);
+`megallama.kernels.rope` turns them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 from megallama.config.schema import RopeScaling
 
 
-@dataclass(frozen=True)
-class Rotation:
+class Rotation(NamedTuple):
     """The cosines and sines of every token's angles, each (T, 1, E/2), fp32 or wider."""
 
     cos: Tensor
@@ -60,22 +59,3 @@ class RotationTable:
     def _grow(self, length: int) -> None:
         table = rotation_at(torch.arange(length), self._frequencies_E, self._dtype)
         self._table = Rotation(table.cos.to(self._device), table.sin.to(self._device))
-
-
-def rope_forward(x_THE: Tensor, rotation: Rotation) -> None:
-    """Rotate the heads of `x_THE` (T, H, E) in place."""
-    _rotate(x_THE, rotation.cos, rotation.sin, out=x_THE)
-
-
-def rope_backward(dy_THE: Tensor, rotation: Rotation, out: Tensor) -> None:
-    """Write the gradient before the rotation into `out` (T, H, E): the inverse rotation of dy."""
-    _rotate(dy_THE, rotation.cos, -rotation.sin, out=out)
-
-
-def _rotate(x_THE: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    x1, x2 = (half.to(cos.dtype) for half in x_THE.chunk(2, dim=-1))
-    y1 = (x1 * cos).sub_(x2 * sin)
-    y2 = (x2 * cos).add_(x1 * sin)
-    half = x_THE.shape[-1] // 2
-    out[..., :half] = y1
-    out[..., half:] = y2

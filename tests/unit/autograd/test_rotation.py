@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megallama.autograd.rope import rope_frequencies, rotation_at
+from megallama.autograd.rotation import rope_frequencies, rotation_at
 from megallama.config.schema import RopeScaling
 
 

@@ -39,19 +39,20 @@ def attention_backward(
     o_THE: Tensor,
     lse_TH: Tensor,
     segments: Segments,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq (T, H, E), dk and dv (T, K, E) from what the forward was given and returned."""
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write dq (T, H, E), dk and dv (T, K, E) from what the forward was given and returned.
+
+    `out` may be views of one fused tensor.
+    """
     if do_THE.is_cuda:
-        return flash_cuda.backward(do_THE, qkv, o_THE, lse_TH, segments)
-    if segments.uniform:
-        return _cpu_backward(do_THE, qkv, o_THE, lse_TH, segments.longest)
-    dq, dk, dv = (t.new_empty(t.shape) for t in qkv)
-    pieces = (t.split(segments.lengths) for t in (do_THE, *qkv, o_THE, lse_TH, dq, dk, dv))
-    for do, q, k, v, o, piece_lse, *outputs in zip(*pieces, strict=True):
-        gradients = _cpu_backward(do, (q, k, v), o, piece_lse, len(do))
-        for output, gradient in zip(outputs, gradients, strict=True):
-            output.copy_(gradient)
-    return dq, dk, dv
+        flash_cuda.backward(do_THE, qkv, o_THE, lse_TH, segments, out)
+    elif segments.uniform:
+        _cpu_backward(do_THE, qkv, o_THE, lse_TH, segments.longest, out)
+    else:
+        pieces = (t.split(segments.lengths) for t in (do_THE, *qkv, o_THE, lse_TH, *out))
+        for do, q, k, v, o, piece_lse, dq, dk, dv in zip(*pieces, strict=True):
+            _cpu_backward(do, (q, k, v), o, piece_lse, len(do), (dq, dk, dv))
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -62,13 +63,19 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, 
 
 
 def _cpu_backward(
-    do: Tensor, qkv: tuple[Tensor, Tensor, Tensor], o: Tensor, lse: Tensor, length: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    o: Tensor,
+    lse: Tensor,
+    length: int,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
     split = (_split_samples(t, length) for t in (do, *qkv, o, lse))
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *split, 0.0, True
     )
-    return _join_samples(dq), _join_samples(dk), _join_samples(dv)
+    for output, gradient in zip(out, gradients, strict=True):
+        output.copy_(_join_samples(gradient))
 
 
 def _split_samples(t: Tensor, length: int) -> Tensor:

@@ -50,21 +50,19 @@ def backward(
     o_THE: Tensor,
     lse_TH: Tensor,
     segments: Segments,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq (T, H, E), dk and dv (T, K, E)."""
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write dq (T, H, E), dk and dv (T, K, E)."""
     offsets, longest = segments.cuda_offsets, segments.longest
     scale = do_THE.shape[-1] ** -0.5
     package = _flash_attn()
     if package is not None:
-        dq, dk, dv = (t.new_empty(t.shape) for t in qkv)
         package._flash_attn_varlen_backward(
             do_THE,
             *qkv,
             o_THE,
             lse_TH.T,
-            dq,
-            dk,
-            dv,
+            *out,
             offsets,
             offsets,
             longest,
@@ -78,10 +76,10 @@ def backward(
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return dq, dk, dv
+        return
     # The two seeds describe dropout's random numbers; without dropout nothing reads them.
     seed = torch.zeros(2, dtype=torch.uint64, device=do_THE.device)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+    gradients = torch.ops.aten._flash_attention_backward(
         do_THE,
         *qkv,
         o_THE,
@@ -96,7 +94,8 @@ def backward(
         seed.new_empty(0),
         scale=scale,
     )
-    return dq, dk, dv
+    for output, gradient in zip(out, gradients, strict=True):
+        output.copy_(gradient)
 
 
 @cache

@@ -283,18 +283,16 @@ class DecoderLayer:
     def _attend_backward(self, do_Th: Tensor, positions: Positions, saved: Saved) -> Tensor:
         """Return the gradient of the projection's output, before the rotation (T, h)."""
         qkv_Th, width = saved.pop("qkv"), self.heads.width
-        gradients = attention_backward(
+        dqkv_Th = torch.empty_like(qkv_Th)
+        attention_backward(
             do_Th.unflatten(-1, (-1, width)),
             self.heads.split(qkv_Th),
             saved.pop("o").unflatten(-1, (-1, width)),
             saved.pop("lse"),
             positions.segments,
+            out=self.heads.split(dqkv_Th),
         )
-        dqkv_Th = torch.empty_like(qkv_Th)
-        dq, dk, dv = self.heads.split(dqkv_Th)
-        rope_backward(gradients[0], *positions.rotation, out=dq)
-        rope_backward(gradients[1], *positions.rotation, out=dk)
-        dv.copy_(gradients[2])
+        rope_backward(self.heads.rotated(dqkv_Th), *positions.rotation)
         return dqkv_Th
 
 

@@ -40,21 +40,17 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def check_rope(operands: Operands, shape: tuple[int, int, int, int]) -> None:
-    """Forward in place on some heads of a row, backward from whole memory into some heads."""
+    """In place on some heads of a row: forward, and with the sines' signs changed backward."""
     tokens, heads, every, width = shape
-    row, into = (operands(tokens, every * width).unflatten(1, (every, width)) for _ in range(2))
-    x, out = row[:, :heads], into[:, :heads]
-    cos, sin = tables(x, operands.layout)
-    before, rest, others = x.clone(), row[:, heads:].clone(), into[:, heads:].clone()
-    rope_forward(x, cos, sin)
-    naive = before.clone()
-    rope._reference(naive, None, cos, sin, False)
-    assert_as_good(x, naive, turned(before, cos, sin))
-    assert torch.equal(row[:, heads:], rest), "the other heads of the row"
-    rope_backward(before, cos, sin, out=out)
-    rope._reference(naive, before, cos, sin, True)
-    assert_as_good(out, naive, turned(before, cos, -sin))
-    assert torch.equal(into[:, heads:], others), "the other heads of the row"
+    for rotate, inverse in ((rope_forward, False), (rope_backward, True)):
+        row = operands(tokens, every * width).unflatten(1, (every, width))
+        x = row[:, :heads]
+        cos, sin = tables(x, operands.layout)
+        before, rest, naive = x.clone(), row[:, heads:].clone(), x.clone()
+        rotate(x, cos, sin)
+        rope._reference(naive, cos, sin, inverse)
+        assert_as_good(x, naive, turned(before, cos, -sin if inverse else sin))
+        assert torch.equal(row[:, heads:], rest), "the other heads of the row"
 
 
 @every_dtype
@@ -81,10 +77,10 @@ def test_any_shape(device, tokens, heads, rest, half, seed):
 def test_the_backward_undoes_the_forward(device, dtype):
     operands = Operands(device, dtype)
     x = operands(6, 3, 48)
-    y, back = x.clone(), torch.empty_like(x)
+    back = x.clone()
     cos, sin = tables(x)
-    rope_forward(y, cos, sin)
-    rope_backward(y, cos, sin, out=back)
+    rope_forward(back, cos, sin)
+    rope_backward(back, cos, sin)
     # Two roundings of an element, each no larger than a pair's length times the unit.
     pair = x.double().unflatten(-1, (2, 24)).norm(dim=-2).repeat(1, 1, 2)
     assert ((back.double() - x.double()).abs() <= 4 * torch.finfo(dtype).eps * pair).all()
@@ -95,12 +91,12 @@ def test_no_elements(device, shape):
     x = Operands(device, torch.float32)(*shape) if shape[2] else torch.empty(shape, device=device)
     cos, sin = (torch.ones(shape[0], 1, shape[2] // 2, device=device) for _ in range(2))
     rope_forward(x, cos, sin)
-    rope_backward(x, cos, sin, out=torch.empty_like(x))
+    rope_backward(x, cos, sin)
 
 
 @every_dtype
 def test_opcheck(device, dtype):
     x = Operands(device, dtype)(4, 3, 16)
     cos, sin = tables(x)
-    torch.library.opcheck(rope._rope, (x.clone(), None, cos, sin, False))
-    torch.library.opcheck(rope._rope, (torch.empty_like(x), x, cos, sin, True))
+    torch.library.opcheck(rope._rope, (x.clone(), cos, sin, False))
+    torch.library.opcheck(rope._rope, (x, cos, sin, True))

@@ -49,8 +49,10 @@ def run(seat: Seat, case: Case, grad_clip: float, planted: str | None = None) ->
             share = share_of(batch(problem, number), rank, case.data)
             result = trainer.step.run(share, LR, layer_norms=number == STEPS - 1)
             weights = pieces(trainer.model.state, trainer.model.state.masters)
-            numbers = reported(result)
-            steps.append(RankStep(numbers, result.applied, watch.taken(), weights))
+            numbers, gradients = reported(result), watch.taken()
+            if not result.applied:
+                gradients = []  # an early step was taken, and taken back
+            steps.append(RankStep(numbers, result.applied, gradients, weights))
         # What the data ranks gathered must be what its owners have.
         steps[-1] = replace(steps[-1], weights=[*steps[-1].weights, *gathered(trainer)])
         return steps
@@ -129,7 +131,7 @@ def _gathered(state: ParameterState) -> Iterator[Piece]:
 
 
 class Watch:
-    """Copies the gradients that the optimizer is given, before it divides them."""
+    """Copies the gradients that the optimizer is given."""
 
     def __init__(self, optimizer: AdamW, state: ParameterState) -> None:
         self._state = state
@@ -138,7 +140,7 @@ class Watch:
         optimizer.step = self._watched  # type: ignore[method-assign]
 
     def taken(self) -> list[Piece]:
-        """The gradients since the last call; none where no step was taken."""
+        """The gradients of the last step that was taken since the last call, if any."""
         gradients, self._gradients = self._gradients, []
         return gradients
 

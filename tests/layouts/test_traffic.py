@@ -101,8 +101,8 @@ def steps(seat: Seat, case: Case, tokens: int | None, grad_clip: float) -> Parts
             for number, layer_norms in enumerate((False, True)):
                 share = share_of(batch(problem, number), place.along("data"), case.data)
                 result = trainer.step.run(share, LR, layer_norms, lambda: (False, False, False))
-                clipped = result.grad_norm > grad_clip
-                updates = (1 + (case.early and clipped)) if result.applied else 0
+                kept = result.applied and result.grad_norm <= grad_clip
+                updates = (1 if kept else 2) if case.early else int(result.applied)
                 said = step_traffic(config, place, "cpu", layer_norms=layer_norms, updates=updates)
                 found.append((f"step {number + 1}", take(trainer), dict(said.counts)))
         return found

@@ -16,7 +16,9 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            csrc.build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp))
+            # Not in pip's temporary folder: installing an extra would compile all of it again.
+            objects = Path(__file__).parent / "build" / "objects"
+            csrc.build(Path(self.get_ext_fullpath(ext.name)), objects)
         except (csrc.BuildError, ImportError) as error:
             raise CompileError(f"installed without kernels: {error}") from error
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.kernels import native, rms_norm, rope, swiglu
+from megallama.kernels import linear_wgrad, native, rms_norm, rope, swiglu
 from megallama.train.doctor import processor, versions
 
 TOKENS, HEAD_WIDTH, EPS = 2048, 128, 1e-5
@@ -95,6 +95,17 @@ def feed_forward(width: int, dtype: torch.dtype) -> dict[str, Contest]:
     }
 
 
+def weight_gradient(width: int, dtype: torch.dtype) -> dict[str, Contest]:
+    """dw += dyᵀ·x of a square linear, fp32 under bf16, where PyTorch alone rounds the product."""
+    if dtype != torch.bfloat16:
+        return {}
+    dy, x = (torch.randn(TOKENS, width).to(dtype) for _ in range(2))
+    dw = torch.zeros(width, width)
+    elements = dy.numel() + x.numel() + 4 * dw.numel()  # dw's, read and written, are twice as long
+    kernel = _call(linear_wgrad._linear_wgrad, (dy, x, dw))
+    return {"linear_wgrad": (kernel, lambda: dw.add_(dy.T @ x), elements)}
+
+
 def _call(op: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: op(*args)
 
@@ -148,6 +159,7 @@ def main() -> None:
     for threads, width, dtype in itertools.product(args.threads, WIDTHS, DTYPES):
         torch.set_num_threads(threads)
         contests = norm(width, dtype) | rotary(width, dtype) | feed_forward(width, dtype)
+        contests |= weight_gradient(width, dtype)
         for name, contest in contests.items():
             if args.only and name not in args.only:
                 continue

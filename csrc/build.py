@@ -9,6 +9,7 @@ A variant is the set of all ops compiled for one instruction set or for CUDA. `s
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -85,7 +86,8 @@ def commands(work: Path, flags: Sequence[str]) -> dict[Path, tuple[Path, list[st
     found: dict[Path, tuple[Path, list[str]]] = {}
 
     def add(source: Path, name: str, command: list[str]) -> None:
-        target = work / f"{source.stem}.{name}.o"
+        digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+        target = work / f"{source.stem}.{name}.{digest}.o"
         found[target] = (source, [*command, "-c", str(source), "-o", str(target)])
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -108,7 +110,10 @@ def compiler() -> str:
 
 
 def build(target: Path, work: Path, flags: Sequence[str] = ()) -> None:
-    """Compile what is older than its sources, then link `target`. Raises BuildError."""
+    """Compile what `work` has no newer object of by the same command, then link `target`.
+
+    Raises BuildError.
+    """
     work.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     files = commands(work, flags)

@@ -60,7 +60,8 @@ struct AdamW {
   OP(squared_norm, (Launch launch, Rows x, Rows partials, Rows sum))
 
 // What CUDA's libraries do well enough: ops of the CPU variants only.
-#define MEGALLAMA_CPU_OPS(OP)
+#define MEGALLAMA_CPU_OPS(OP)                                                                        \
+  OP(linear_wgrad, (Launch launch, int64_t outputs, Rows dy, Rows x, Rows dw, Rows scratch))
 
 #define MEGALLAMA_DECLARE_OP(name, parameters) void name parameters;
 #define MEGALLAMA_DECLARE(variant) \

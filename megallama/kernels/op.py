@@ -28,19 +28,20 @@ def define(
 
     All three take the schema's arguments: `check` raises TypeError or ValueError naming the one
     that is wrong, `run` has the variant of the extension in front, `reference` is plain PyTorch.
-    The first tensor's device and type decide between the two.
+    The first tensor's device and type decide between the two; where the extension has no kernel
+    because PyTorch's own is as good, the reference runs.
     """
+    name = schema.partition("(")[0]
 
     def implementation(*args: Any) -> None:
         check(*args)
         first = next(x for x in args if isinstance(x, Tensor))
         variant = native.variant_for(first)
-        if variant is None:
+        if variant is None or not hasattr(variant, name):
             reference(*args)
         else:
             run(variant, *args)
 
-    name = schema.partition("(")[0]
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)

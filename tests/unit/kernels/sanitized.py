@@ -80,6 +80,18 @@ def run_loss_and_update(variant: ModuleType, code: int, columns: int, more: int)
     variant.squared_norm((code, 2, columns + more, THREADS), weight, row(2, 8), row(1, 8))
 
 
+def run_wgrad(variant: ModuleType, code: int, columns: int, more: int) -> None:
+    """The weight gradient, of an odd number of tokens that take two blocks, with little scratch."""
+    tokens, outputs, panel = 515, 15, 256 * 32 + 16
+
+    def matrix(rows: int, width: int, element: int) -> tuple[int, int]:
+        return libc.calloc(rows * width, element), width
+
+    dy, x = matrix(tokens, outputs, SIZES[code]), matrix(tokens, columns, SIZES[code])
+    dw, scratch = matrix(outputs, columns, 4), matrix(2 * THREADS, panel, 4)
+    variant.linear_wgrad((code, tokens, columns + more, THREADS), outputs, dy, x, dw, scratch)
+
+
 def main() -> None:
     module, more = load(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     names = [name for name in ("portable", "avx2", "avx512") if hasattr(module, name)]
@@ -88,6 +100,8 @@ def main() -> None:
             for columns in (1, 3, 8, 17, 64, 71, 300):
                 run(getattr(module, name), code, columns, more)
                 run_loss_and_update(getattr(module, name), code, columns, more)
+                if SIZES[code] == 2:
+                    run_wgrad(getattr(module, name), code, columns, more)
     print("ran", *names)
 
 

@@ -18,6 +18,8 @@ COMMANDS = {
     "bench": "time training steps of a config",
     "generate": "continue a prompt with a checkpoint",
     "report": "draw a run's curves: one picture and one page",
+    "convert": "to and from Hugging Face's and Meta's formats",
+    "checkpoint": "list, verify and compare checkpoints",
     "schedule": "draw a pipeline schedule",
     "tokenizer": "train a tokenizer",
     "data": "build and inspect token files",

@@ -31,10 +31,11 @@ def generate(path: Path, prompt: str, count: int) -> str:
     config = parse_config(checkpoint.manifest.config)
     if config.data.tokenizer is None:
         raise ConfigError(f"{path}: trained without data.tokenizer, so it cannot read a prompt")
-    tokenizer = Tokenizer(config.data.tokenizer)
+    beside = checkpoint.directory / "tokenizer.model"  # a converted one's; it may have moved
+    tokenizer = Tokenizer(beside if beside.exists() else config.data.tokenizer)
     if tokenizer.hash != checkpoint.manifest.tokenizer_hash:
         raise ConfigError(
-            f"{config.data.tokenizer}: not the tokenizer that {path} was trained with; "
+            f"{tokenizer.path}: not the tokenizer that {path} was trained with; "
             "restore that one"
         )
     device = choose_device(config)

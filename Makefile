@@ -4,6 +4,7 @@
 # make test-layouts, make fuzz N=200   every layout against the reference; random combinations
 # make test-schedules   every pipeline schedule for p = 1..16, m = 1..64, v = 1..4
 # make bench-cpu compare a training step with Hugging Face's, in one run
+# make test-gpu, make bench-gpu   what needs a GPU, with PYTHON=python3 and without .venv
 # make bench-kernels   the CPU kernels of csrc/ against their PyTorch references
 # make bench-schedules   measured pipeline schedules beside the simulated ones
 # make bench-network   how much communication is hidden, between two network namespaces (root)
@@ -15,7 +16,7 @@ DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
 .PHONY: demo train-demo install lint test test-layouts test-schedules fuzz bench-cpu bench-kernels \
-	bench-schedules bench-network clean
+	bench-schedules bench-network test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: train-demo $(ONE)/compared
@@ -83,6 +84,7 @@ bench-cpu: .venv/installed-test
 
 bench-kernels: .venv/installed-test
 	.venv/bin/python benchmarks/kernels_cpu.py --json benchmarks/results/kernels-cpu.json
+	.venv/bin/python benchmarks/attention_cpu.py --json benchmarks/results/attention-cpu.json
 
 bench-schedules: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/pipeline_schedules.py \
@@ -93,6 +95,12 @@ bench-network: .venv/installed-test
 		--json benchmarks/results/overlap-tensor.json
 	.venv/bin/python benchmarks/overlap_network.py --only data --rounds 5 \
 		--json benchmarks/results/overlap-data.json
+
+test-gpu:
+	launch/gpu.sh test
+
+bench-gpu:
+	launch/gpu.sh bench
 
 clean:
 	rm -rf .venv runs build *.egg-info megallama/kernels/_native*

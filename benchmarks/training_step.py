@@ -1,140 +1,154 @@
-"""A training step against Hugging Face's, step by step in one run.
+"""A training step on the CPU against Hugging Face's, step by step in one run.
 
 Every contender lives in a process of its own and takes one step in turn, round after round, so all
 of them meet the same load of the machine. Figures are medians over rounds; ratios are medians of
-the ratios within a round. Peak memory is the process's resident maximum.
+the ratios within a round. Of each shape and precision as many rounds are made as fit its time.
 
-    python benchmarks/training_step.py [--json F] [--rounds N] [--only NAME …]
+    python benchmarks/training_step.py [--shape NAME …] [--precision bf16 fp32] [--only NAME …]
+                                       [--rounds N] [--json F]
 
-Contenders: ours (bf16 with fp32 masters); Hugging Face eager and under torch.compile, each as pure
-bf16 and as fp32 parameters under bf16 autocast. The last is the like-for-like of our masters. AdamW
-is PyTorch's fused kernel everywhere, attention PyTorch's flash kernel.
+Memory is counted twice. `peak_memory_bytes` is the process's resident maximum over the timed steps.
+`tensor_bytes` is what tensors occupy in the second warm-up step, from the allocator's own events
+(tensor_memory.py): the peak of all, and of what is temporary: all but parameters, gradients and the
+optimizer's state, hence activations, logits and workspaces. The contenders are contenders.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import importlib.metadata
 import json
 import multiprocessing as mp
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SHAPE = dict(d_model=512, layers=8, heads=8, kv_heads=8, ffn=1376, vocab=32000)
-BATCH, LENGTH, RATE = 2, 1024, 1e-4
+from contenders import CONTENDERS, Case
 
-
-def ours() -> Callable[[], float]:
-    """A step of megallama: returns the mean loss."""
-    from megallama.config import parse_config
-    from megallama.spec.grid import ALONE
-    from megallama.train.bench import batches
-    from megallama.train.build import build_trainer
-
-    train = dict(steps=1, sequence_length=LENGTH, global_batch=BATCH, micro_batch=BATCH)
-    config = parse_config({"model": SHAPE, "train": train, "optimizer": {"lr": RATE}})
-    trainer, batch = build_trainer(config), batches(config, None, ALONE)(0)
-    return lambda: trainer.step.run(batch, RATE).loss
-
-
-def hugging_face(pure_bf16: bool, compiled: bool) -> Callable[[], float]:
-    """A step of transformers' LLaMA."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=SHAPE["d_model"],
-        num_hidden_layers=SHAPE["layers"],
-        num_attention_heads=SHAPE["heads"],
-        num_key_value_heads=SHAPE["kv_heads"],
-        intermediate_size=SHAPE["ffn"],
-        vocab_size=SHAPE["vocab"],
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    dtype = torch.bfloat16 if pure_bf16 else torch.float32
-    model: Any = LlamaForCausalLM._from_config(config, dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, fused=True)
-    parameters = list(model.parameters())
-    if compiled:
-        model = torch.compile(model)
-    tokens = torch.randint(SHAPE["vocab"], (BATCH, LENGTH))
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=not pure_bf16):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
-
-
-CONTENDERS: dict[str, Callable[[], Callable[[], float]]] = {
-    "megallama": ours,
-    "hf-bf16": lambda: hugging_face(pure_bf16=True, compiled=False),
-    "hf-bf16-compiled": lambda: hugging_face(pure_bf16=True, compiled=True),
-    "hf-autocast": lambda: hugging_face(pure_bf16=False, compiled=False),
-    "hf-autocast-compiled": lambda: hugging_face(pure_bf16=False, compiled=True),
+#: The first is the one that the project's promises are about.
+SHAPES: dict[str, Case] = {
+    "512": Case(512, 8, 8, 8, 1376, 32000, 1024, 2),
+    "1024": Case(1024, 4, 16, 16, 2752, 32000, 1024, 2),
+    "256": Case(256, 6, 4, 4, 688, 32000, 1024, 2),
+    "tiny": Case(64, 2, 2, 2, 176, 512, 64, 2),
 }
+REST = "activations, logits and workspaces"
+WARMUP, SECONDS, ROUNDS = 2, 90.0, (3, 9)
 
 
-def serve(name: str, pipe: Connection) -> None:
-    """A contender's process: a step, its seconds and the peak memory for every message."""
+def serve(case: Case, name: str, pipe: Connection) -> None:
+    """A contender's process: its tensors' bytes, then a step's seconds for every message."""
     import torch
+    from tensor_memory import TensorMemory
 
     from megallama.train.device import peak_memory_bytes
 
-    step = CONTENDERS[name]()
+    memory = TensorMemory(torch.device(case.device))
+    contender = CONTENDERS[case.precision][name](case)
+    for turn in range(WARMUP):
+        pipe.recv()
+        with memory.step() if turn == WARMUP - 1 else nullcontext():
+            contender.step()
+        pipe.send(None)
+    figures = memory.figures(contender.kept())
+    del memory
+    forget_the_peak()
+    pipe.send(figures)
     while pipe.recv():
         began = time.perf_counter()
-        step()
+        contender.step()
         seconds = time.perf_counter() - began
-        pipe.send((seconds, peak_memory_bytes(torch.device("cpu"))))
+        pipe.send((seconds, peak_memory_bytes_since(peak_memory_bytes(torch.device("cpu")))))
 
 
-def measure(names: list[str], rounds: int, warmup: int) -> dict[str, Any]:
+def forget_the_peak() -> None:
+    """Give back the profiler's memory and let the resident maximum begin anew, where Linux can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes_since(default: int) -> int:
+    """The resident maximum since it was forgotten; `default` where only the process's is known."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return default
+
+
+class Turns:
+    """Contenders in processes of their own, which step when they are asked to."""
+
+    def __init__(self, case: Case, names: Sequence[str]) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts
+        context = mp.get_context("spawn")
+        self.pipes: dict[str, Connection] = {}
+        for name in names:
+            self.pipes[name], end = context.Pipe()
+            context.Process(target=serve, args=(case, name, end), daemon=True).start()
+            end.close()  # so that a contender that dies is an EOFError here, not a wait for ever
+
+    def ask(self, name: str, again: bool = True) -> Any:
+        try:
+            self.pipes[name].send(again)
+            return self.pipes[name].recv() if again else None
+        except (EOFError, BrokenPipeError):
+            sys.exit(f"{name} died (its error is above); leave it out with --only")
+
+    def after_warmup(self) -> dict[str, dict[str, int]]:
+        """The bytes of each contender's tensors."""
+        for _ in range(WARMUP):
+            for name in self.pipes:
+                self.ask(name)
+        return {name: pipe.recv() for name, pipe in self.pipes.items()}
+
+
+def measure(case: Case, names: Sequence[str], rounds: int | None) -> dict[str, Any]:
     """Let the contenders step in turn; return their figures."""
-    context = mp.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    for name in names:
-        pipes[name], end = context.Pipe()
-        context.Process(target=serve, args=(name, end), daemon=True).start()
-        end.close()  # so that a contender that dies is an EOFError here and not a wait for ever
+    turns = Turns(case, names)
+    tensors = turns.after_warmup()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peak = dict.fromkeys(names, 0)
-    for turn in range(warmup + rounds):
-        for name, pipe in pipes.items():
-            try:
-                pipe.send(True)
-                took, peak[name] = pipe.recv()
-            except (EOFError, BrokenPipeError):
-                sys.exit(f"{name} died (its error is above); leave it out with --only")
-            if turn >= warmup:
-                seconds[name].append(took)
-    for pipe in pipes.values():
-        pipe.send(False)
-    return {name: figures(name, seconds, peak[name]) for name in names}
+    began, done, (fewest, most) = time.perf_counter(), 0, ROUNDS
+
+    def another() -> bool:
+        if rounds is not None:
+            return done < rounds
+        return done < fewest or (done < most and time.perf_counter() - began < SECONDS)
+
+    while another():
+        for name in names:
+            took, peak[name] = turns.ask(name)
+            seconds[name].append(took)
+        done += 1
+    for name in names:
+        turns.ask(name, again=False)
+    rows = {}
+    for name in names:
+        row = figures(case, seconds[name], seconds.get("megallama"))
+        rows[name] = row | {"peak_memory_bytes": peak[name], "tensor_bytes": tensors[name]}
+        if "megallama" in tensors:
+            ratio = tensors["megallama"][REST] / tensors[name][REST]
+            rows[name]["megallama_share_of_temporary_bytes"] = round(ratio, 3)
+    return rows
 
 
-def figures(name: str, seconds: dict[str, list[float]], peak: int) -> dict[str, Any]:
-    """One contender's row; `megallama_speedup` is the median ratio within a round."""
-    mine, ours = seconds[name], seconds.get("megallama")
+def figures(case: Case, mine: list[float], ours: list[float] | None) -> dict[str, Any]:
+    """One contender's speed; `megallama_speedup` is the median ratio within a round."""
     median = statistics.median(mine)
-    row = {
-        "tokens_per_second": round(BATCH * LENGTH / median, 1),
+    row: dict[str, Any] = {
+        "tokens_per_second": round(case.tokens / median, 1),
         "step_seconds": {"min": min(mine), "median": median, "max": max(mine)},
-        "peak_memory_bytes": peak,
+        "rounds": len(mine),
     }
     if ours:
         ratios = [their / our for their, our in zip(mine, ours, strict=True)]
@@ -142,34 +156,51 @@ def figures(name: str, seconds: dict[str, list[float]], peak: int) -> dict[str, 
     return row
 
 
+def show(case: Case, rows: dict[str, Any]) -> None:
+    print(f"D={case.d_model} L={case.layers} V={case.vocab} {case.precision}")
+    for name, row in rows.items():
+        speedup, tensors = row.get("megallama_speedup"), row["tensor_bytes"]
+        print(
+            f"  {name:21} {row['tokens_per_second']:8.0f} tokens/s, "
+            f"resident {row['peak_memory_bytes'] / 1e6:5.0f} MB, tensors "
+            f"{tensors['peak'] / 1e6:5.0f} MB, of which temporary {tensors[REST] / 1e6:5.0f} MB"
+            + (f"; megallama is {speedup:.2f} times as fast" if speedup else ""),
+            flush=True,
+        )
+
+
+def save(path: Path | None, report: dict[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main() -> None:
+    every = list(dict.fromkeys(name for group in CONTENDERS.values() for name in group))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["512", "1024", "256"])
+    parser.add_argument("--precision", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, help="of each contest; default: as time permits")
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
     args = parser.parse_args()
     from megallama.train.doctor import processor, versions
 
-    results = measure(args.only, args.rounds, args.warmup)
-    for name, row in results.items():
-        speedup = row.get("megallama_speedup")
-        print(
-            f"{name:22} {row['tokens_per_second']:8.0f} tokens/s "
-            f"{row['peak_memory_bytes'] / 1e6:8.0f} MB"
-            + (f"   megallama is {speedup:.2f} times as fast" if speedup else "")
-        )
-    report = {
+    report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/training_step.py", *sys.argv[1:]]),
-        "shape": SHAPE | dict(micro_batch=BATCH, sequence_length=LENGTH, precision="bf16"),
         "hardware": processor(),
         "versions": versions() | {"transformers": importlib.metadata.version("transformers")},
-        "contenders": results,
+        "contests": [],
     }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    for precision in args.precision:
+        names = [name for name in CONTENDERS[precision] if name in args.only]
+        for shape in args.shape if names else ():
+            case = Case(**SHAPES[shape].as_json() | {"precision": precision})
+            rows = measure(case, names, args.rounds)
+            show(case, rows)
+            report["contests"].append({"shape": case.as_json(), "contenders": rows})
+            save(args.json, report)
 
 
 if __name__ == "__main__":

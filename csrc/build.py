@@ -45,7 +45,7 @@ def instruction_sets() -> dict[str, list[str]]:
 
 def nvcc() -> str | None:
     """The CUDA compiler, if CUDA code is wanted and can be compiled."""
-    home = os.environ.get("CUDA_HOME", "")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     return found if architectures() else None
 

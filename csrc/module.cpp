@@ -29,6 +29,8 @@ MEGALLAMA_CASTER(Launch, 4, static_cast<int>(integer(at(0))), integer(at(1)), in
 MEGALLAMA_CASTER(Rows, 2, pointer(at(0)), integer(at(1)))
 MEGALLAMA_CASTER(Partials, 2, pointer(at(0)), integer(at(1)))
 MEGALLAMA_CASTER(Heads, 3, pointer(at(0)), integer(at(1)), integer(at(2)))
+MEGALLAMA_CASTER(Attention, 4, static_cast<const int64_t*>(pointer(at(0))), integer(at(1)),
+                 integer(at(2)), integer(at(3)))
 MEGALLAMA_CASTER(AdamW, 7, number(at(0)), number(at(1)), number(at(2)), number(at(3)), number(at(4)),
                  number(at(5)), number(at(6)))
 

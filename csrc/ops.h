@@ -36,6 +36,13 @@ struct Heads {
   int64_t token_stride, head_stride;
 };
 
+// Causal attention: token offsets[s] is segment s's first, and offsets[segments] is T. `heads` of
+// queries share `key_heads` of keys and values.
+struct Attention {
+  const int64_t* offsets;
+  int64_t segments, heads, key_heads;
+};
+
 // The factors of one AdamW update; csrc/adamw.h uses them.
 struct AdamW {
   double decay, toward_gradient, beta2, square_share, step_size, root_correction, eps;
@@ -46,7 +53,7 @@ struct AdamW {
   OP(rms_norm_backward, (Launch launch, Rows dn, Rows x, Rows w, double eps, Rows residual,         \
                          Rows dx, Partials dw))                                                     \
   OP(add_partials, (Launch launch, Partials partials, Rows sum))                                    \
-  OP(rope, (Launch launch, int64_t heads, Heads x, Heads out, Rows cos, Rows sin, bool inverse))    \
+  OP(rope, (Launch launch, int64_t heads, Heads x, Rows cos, Rows sin, bool inverse))               \
   OP(swiglu_forward, (Launch launch, Rows gate_up, Rows act))                                       \
   OP(swiglu_backward, (Launch launch, Rows dact, Rows gate_up, Rows dgate_up, Rows act))            \
   OP(cross_entropy_statistics, (Launch launch, Rows logits, Rows labels, int64_t first,             \
@@ -61,6 +68,10 @@ struct AdamW {
 
 // What CUDA's libraries do well enough: ops of the CPU variants only.
 #define MEGALLAMA_CPU_OPS(OP)                                                                        \
+  OP(attention_forward, (Launch launch, Attention attention, Heads q, Heads k, Heads v, Heads o,     \
+                         Rows lse))                                                                  \
+  OP(attention_backward, (Launch launch, Attention attention, Heads d_o, Heads q, Heads k, Heads v,  \
+                          Heads o, Rows lse, Heads dq, Heads dk, Heads dv))                          \
   OP(linear_wgrad, (Launch launch, int64_t outputs, Rows dy, Rows x, Rows dw, Rows scratch))
 
 #define MEGALLAMA_DECLARE_OP(name, parameters) void name parameters;

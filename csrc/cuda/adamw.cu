@@ -17,6 +17,30 @@ struct Elements {
   T* weight;
 };
 
+// A float whose operations are rounded one by one. The compiler fuses multiplications with additions,
+// others where a thread has four elements than where it has one (seen in its PTX), and an element's
+// bits would depend on where it lies.
+struct Rounded {
+  float value;
+
+  __device__ __forceinline__ Rounded(float value) : value(value) {}
+
+  friend __device__ __forceinline__ Rounded operator+(Rounded a, Rounded b) {
+    return __fadd_rn(a.value, b.value);
+  }
+  friend __device__ __forceinline__ Rounded operator-(Rounded a, Rounded b) {
+    return __fsub_rn(a.value, b.value);
+  }
+  friend __device__ __forceinline__ Rounded operator*(Rounded a, Rounded b) {
+    return __fmul_rn(a.value, b.value);
+  }
+  friend __device__ __forceinline__ Rounded operator/(Rounded a, Rounded b) {
+    return __fdiv_rn(a.value, b.value);
+  }
+};
+
+__device__ __forceinline__ Rounded square_root(Rounded x) { return __fsqrt_rn(x.value); }
+
 template <int N, class T>
 __device__ __forceinline__ void update(const Elements<T>& at, int64_t i, float divisor,
                                        const AdamWFactors<float>& factors) {
@@ -25,7 +49,9 @@ __device__ __forceinline__ void update(const Elements<T>& at, int64_t i, float d
   Chunk<T, N> rounded;
 #pragma unroll
   for (int k = 0; k < N; k++) {
-    adamw_update(w.of[k], m.of[k], v.of[k], g.of[k] / divisor, factors);
+    Rounded w_k = w.of[k], m_k = m.of[k], v_k = v.of[k];
+    adamw_update(w_k, m_k, v_k, Rounded(g.of[k]) / divisor, factors);
+    w.of[k] = w_k.value, m.of[k] = m_k.value, v.of[k] = v_k.value;
     rounded.of[k] = narrow<T>(w.of[k]);
   }
   put<N>(at.master + i, w);

@@ -4,6 +4,7 @@
 // one element. Writing over an operand is allowed: a thread reads what it writes, before, itself.
 #pragma once
 
+#include <climits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -63,7 +64,16 @@ bool aligned(const Rows& rows) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride % CHUNK<T> == 0;
 }
 
-inline int64_t divided_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+// A number that the hardware counts in 32 bits: blocks of a grid, or columns, of which a loop adds a
+// block's width (8,192 at most) to the last. Throws where it would wrap.
+inline int counted(int64_t number) {
+  if (number > INT_MAX - 65536)
+    throw std::length_error(std::to_string(number) + " rows or columns; CUDA kernels take " +
+                            std::to_string(INT_MAX - 65536) + " at most");
+  return static_cast<int>(number);
+}
+
+inline int divided_up(int64_t count, int64_t size) { return counted((count + size - 1) / size); }
 
 inline cudaStream_t stream(const Launch& launch) {
   return reinterpret_cast<cudaStream_t>(launch.where);
@@ -85,6 +95,8 @@ void with_type(const Launch& launch, F f) {
     case BF16: return f(static_cast<Bf16*>(nullptr));
     case FP16: return f(static_cast<Fp16*>(nullptr));
   }
+  throw std::invalid_argument("CUDA kernels take fp32, bf16 and fp16, not type " +
+                              std::to_string(launch.type));
 }
 
 template <class P>

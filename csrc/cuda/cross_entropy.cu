@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 }
 
 Shard shard_of(const Launch& launch, int64_t first, int64_t width) {
-  return {first, static_cast<int>(width), static_cast<int>(launch.columns)};
+  return {first, counted(width), counted(launch.columns)};
 }
 
 const int64_t* data_of(const Rows& labels) { return static_cast<const int64_t*>(labels.data); }
@@ -170,7 +170,7 @@ void cross_entropy_statistics(Launch launch, Rows logits, Rows labels, int64_t f
   with_type(launch, [&](auto* type) {
     using T = Pointee<decltype(type)>;
     auto* kernel = aligned<T>(logits) ? statistics_kernel<T, CHUNK<T>> : statistics_kernel<T, 1>;
-    kernel<<<launch.rows, THREADS, 0, stream(launch)>>>(
+    kernel<<<counted(launch.rows), THREADS, 0, stream(launch)>>>(
         logits, data_of(labels), shard_of(launch, first, width),
         static_cast<float*>(log_sums.data), static_cast<float*>(targets.data));
     launched("cross_entropy_statistics");
@@ -182,7 +182,7 @@ void cross_entropy_gradient(Launch launch, Rows logits, Rows labels, Rows lse, i
   with_type(launch, [&](auto* type) {
     using T = Pointee<decltype(type)>;
     auto* kernel = aligned<T>(logits) ? gradient_kernel<T, CHUNK<T>> : gradient_kernel<T, 1>;
-    kernel<<<launch.rows, THREADS, 0, stream(launch)>>>(logits, data_of(labels),
+    kernel<<<counted(launch.rows), THREADS, 0, stream(launch)>>>(logits, data_of(labels),
                                                         shard_of(launch, first, width),
                                                         static_cast<const float*>(lse.data));
     launched("cross_entropy_gradient");
@@ -193,7 +193,7 @@ void cross_entropy(Launch launch, Rows logits, Rows labels, int64_t width, Rows 
   with_type(launch, [&](auto* type) {
     using T = Pointee<decltype(type)>;
     auto* kernel = aligned<T>(logits) ? fused_kernel<T, CHUNK<T>> : fused_kernel<T, 1>;
-    kernel<<<launch.rows, THREADS, 0, stream(launch)>>>(logits, data_of(labels),
+    kernel<<<counted(launch.rows), THREADS, 0, stream(launch)>>>(logits, data_of(labels),
                                                         shard_of(launch, 0, width),
                                                         static_cast<float*>(loss.data));
     launched("cross_entropy");

@@ -186,7 +186,7 @@ Plan plan(int64_t chunks) {
     const int items = chunks <= WARP ? 1 : chunks <= 2 * WARP ? 2 : MOST_ITEMS;
     return {items, dim3(WARP, ROWS_OF_WARPS)};
   }
-  const int64_t threads = divided_up(divided_up(chunks, MOST_ITEMS), WARP) * WARP;
+  const int threads = divided_up(divided_up(chunks, MOST_ITEMS), WARP) * WARP;
   return {threads <= MOST_THREADS ? MOST_ITEMS : 0, dim3(threads)};
 }
 
@@ -198,7 +198,7 @@ Plan plan_for(const Launch& launch, const Operands&... rows) {
 }
 
 Norm norm_of(const Launch& launch, double eps) {
-  return {launch.rows, static_cast<int>(launch.columns), eps};
+  return {launch.rows, counted(launch.columns), eps};
 }
 
 }  // namespace
@@ -220,6 +220,7 @@ void rms_norm_forward(Launch launch, Rows x, Rows residual, Rows w, double eps, 
 
 void rms_norm_backward(Launch launch, Rows dn, Rows x, Rows w, double eps, Rows residual, Rows dx,
                        Partials dw) {
+  if (launch.columns == 0) return;
   if (launch.rows == 0) {
     cudaMemsetAsync(dw.data, 0, dw.count * launch.columns * sizeof(float), stream(launch));
     return launched("rms_norm_backward");
@@ -233,8 +234,8 @@ void rms_norm_backward(Launch launch, Rows dn, Rows x, Rows w, double eps, Rows 
                                     : backward_any_kernel<T>;
     const dim3 block = how.items ? how.block : dim3(THREADS);
     const size_t shared = block.y > 1 ? block.y * launch.columns * sizeof(float) : 0;
-    kernel<<<dw.count, block, shared, stream(launch)>>>(norm_of(launch, eps), dn, x, w, residual,
-                                                        dx, dw);
+    kernel<<<counted(dw.count), block, shared, stream(launch)>>>(norm_of(launch, eps), dn, x, w,
+                                                                 residual, dx, dw);
     launched("rms_norm_backward");
   });
 }

@@ -27,13 +27,13 @@ __device__ __forceinline__ void table(const float* from, float (&to)[N]) {
 
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS)
-    rope_kernel(Heads x, Heads out, Rows cos, Rows sin, int heads, int half, float sign) {
+    rope_kernel(Heads x, Rows cos, Rows sin, int heads, int half, float sign) {
   const int64_t token = blockIdx.x;
   const int chunks = half / N;
   for (int item = threadIdx.x; item < heads * chunks; item += THREADS) {
     const int head = item / chunks, e = item % chunks * N;
-    const T* from = head_of<T>(x, token, head) + e;
-    auto first = get<N>(from), second = get<N>(from + half);
+    T* pairs = head_of<T>(x, token, head) + e;
+    auto first = get<N>(pairs), second = get<N>(pairs + half);
     float cosines[N], sines[N];
     table(row<float>(cos, token) + e, cosines);
     table(row<float>(sin, token) + e, sines);
@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(THREADS)
       first.of[k] = narrow<T>(a);
       second.of[k] = narrow<T>(b);
     }
-    T* to = head_of<T>(out, token, head) + e;
-    put<N>(to, first);
-    put<N>(to + half, second);
+    put<N>(pairs, first);
+    put<N>(pairs + half, second);
   }
 }
 
@@ -57,16 +56,18 @@ bool aligned_heads(const Heads& heads) {
 
 }  // namespace
 
-void rope(Launch launch, int64_t heads, Heads x, Heads out, Rows cos, Rows sin, bool inverse) {
+void rope(Launch launch, int64_t heads, Heads x, Rows cos, Rows sin, bool inverse) {
   if (heads == 0) return;
   with_type(launch, [&](auto* type) {
     using T = Pointee<decltype(type)>;
     constexpr int N = CHUNK<T>;
-    const bool wide = launch.columns % N == 0 && aligned_heads<T>(x) && aligned_heads<T>(out) &&
-                      aligned<float>(cos) && aligned<float>(sin);
+    const bool wide = launch.columns % N == 0 && aligned_heads<T>(x) && aligned<float>(cos) &&
+                      aligned<float>(sin);
     auto* kernel = wide ? rope_kernel<T, N> : rope_kernel<T, 1>;
-    kernel<<<launch.rows, THREADS, 0, stream(launch)>>>(x, out, cos, sin, heads, launch.columns,
-                                                        inverse ? -1.0f : 1.0f);
+    counted(heads * launch.columns);  // so a token's items, and both factors, are 32-bit numbers
+    kernel<<<counted(launch.rows), THREADS, 0, stream(launch)>>>(
+        x, cos, sin, static_cast<int>(heads), static_cast<int>(launch.columns),
+        inverse ? -1.0f : 1.0f);
     launched("rope");
   });
 }

@@ -64,7 +64,7 @@ void squared_norm(Launch launch, Rows x, Rows partials, Rows sum) {
   with_type(launch, [&](auto* type) {
     using T = Pointee<decltype(type)>;
     auto* kernel = aligned<T>(x) ? partial_kernel<T, CHUNK<T>> : partial_kernel<T, 1>;
-    kernel<<<launch.rows, THREADS, 0, stream(launch)>>>(
+    kernel<<<counted(launch.rows), THREADS, 0, stream(launch)>>>(
         static_cast<T*>(x.data), launch.columns, share_of(launch.columns, launch.rows), partial);
     launched("squared_norm");
   });

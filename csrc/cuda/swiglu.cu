@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 dim3 grid(const Launch& launch, int chunk) {
-  return dim3(launch.rows, divided_up(launch.columns, int64_t{THREADS} * chunk));
+  return dim3(counted(launch.rows), divided_up(launch.columns, int64_t{THREADS} * chunk));
 }
 
 }  // namespace
@@ -55,8 +55,8 @@ void swiglu_forward(Launch launch, Rows gate_up, Rows act) {
     constexpr int N = CHUNK<T>;
     const bool wide = launch.columns % N == 0 && aligned<T>(gate_up) && aligned<T>(act);
     auto* kernel = wide ? forward_kernel<T, N> : forward_kernel<T, 1>;
-    kernel<<<grid(launch, wide ? N : 1), THREADS, 0, stream(launch)>>>(gate_up, act,
-                                                                       launch.columns);
+    kernel<<<grid(launch, wide ? N : 1), THREADS, 0, stream(launch)>>>(
+        gate_up, act, counted(launch.columns));
     launched("swiglu_forward");
   });
 }
@@ -68,8 +68,8 @@ void swiglu_backward(Launch launch, Rows dact, Rows gate_up, Rows dgate_up, Rows
     const bool wide = launch.columns % N == 0 && aligned<T>(dact) && aligned<T>(gate_up) &&
                       aligned<T>(dgate_up) && aligned<T>(act);
     auto* kernel = wide ? backward_kernel<T, N> : backward_kernel<T, 1>;
-    kernel<<<grid(launch, wide ? N : 1), THREADS, 0, stream(launch)>>>(dact, gate_up, dgate_up,
-                                                                       act, launch.columns);
+    kernel<<<grid(launch, wide ? N : 1), THREADS, 0, stream(launch)>>>(
+        dact, gate_up, dgate_up, act, counted(launch.columns));
     launched("swiglu_backward");
   });
 }

@@ -4,6 +4,8 @@ A micro-batch is a run of segments in token order: whole samples, or documents w
 not cross them. The kernel returns each row's log-sum-exp, from which the backward recomputes the
 probabilities. Key and value heads may be fewer than query heads (grouped-query attention,
 arXiv 2305.13245); every kernel here reads them in place, without copies.
+
+On a CPU it is csrc's kernel, and PyTorch's where there is none.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from megallama.autograd import flash_cuda
 from megallama.autograd.segments import Segments
+from megallama.kernels import attention, native
 
 
 def attention_forward(
@@ -21,6 +24,8 @@ def attention_forward(
     """Return the output o (T, H, E) and the rows' log-sum-exp (T, H)."""
     if q_THE.is_cuda:
         return flash_cuda.forward(q_THE, k_TKE, v_TKE, segments)
+    if native.variant_for(q_THE) is not None:
+        return attention.attention_forward(q_THE, k_TKE, v_TKE, segments.lengths)
     if segments.uniform:
         return _cpu_forward(q_THE, k_TKE, v_TKE, segments.longest)
     o_THE = q_THE.new_empty(q_THE.shape)
@@ -47,6 +52,8 @@ def attention_backward(
     """
     if do_THE.is_cuda:
         flash_cuda.backward(do_THE, qkv, o_THE, lse_TH, segments, out)
+    elif native.variant_for(do_THE) is not None:
+        attention.attention_backward(do_THE, qkv, o_THE, lse_TH, segments.lengths, out)
     elif segments.uniform:
         _cpu_backward(do_THE, qkv, o_THE, lse_TH, segments.longest, out)
     else:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megallama.autograd.transfer import sent
 from megallama.config.schema import RopeScaling
 
 
@@ -53,7 +54,7 @@ class RotationTable:
         """The rotation of tokens at these positions, all below `length`."""
         if length > len(self._table.cos):
             self._grow(length)
-        index_T = positions_T.to(self._device)
+        index_T = sent(positions_T, self._device)
         return Rotation(self._table.cos[index_T], self._table.sin[index_T])
 
     def _grow(self, length: int) -> None:

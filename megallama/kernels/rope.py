@@ -47,7 +47,7 @@ def _check(x_THE: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
 def _run(variant: ModuleType, x_THE: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     tokens, heads, width = x_THE.shape
     x, launch = native.heads(x_THE), native.launch(x_THE, tokens, width // 2)
-    variant.rope(launch, heads, x, x, native.rows(cos), native.rows(sin), inverse)
+    variant.rope(launch, heads, x, native.rows(cos), native.rows(sin), inverse)
 
 
 _rope = define(

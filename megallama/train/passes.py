@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megallama.autograd.passes import Pass, WgradQueue
 from megallama.autograd.stash import Stash
+from megallama.autograd.transfer import sent
 from megallama.data.dataset import Batch
 from megallama.model.chunk import MicroBatch
 from megallama.model.llama import Llama
@@ -44,7 +45,7 @@ class Samples:
         rows = slice(index * self.size, (index + 1) * self.size)
         lengths = self.batch.document_lengths or [[length]] * count
         tokens, labels = (
-            torch.from_numpy(array[rows]).flatten().to(self.model.state.device)
+            sent(torch.from_numpy(array[rows]).flatten(), self.model.state.device)
             for array in (self.batch.tokens_NS, self.batch.labels_NS)
         )
         return MicroBatch(tokens, labels, self.model.positions(lengths[rows]))

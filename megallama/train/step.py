@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megallama.autograd.transfer import sent
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch
 from megallama.dist.group import Group
@@ -109,7 +110,7 @@ class _End:
         self.result: StepResult
         if step.early:  # of all data ranks, long before it is needed
             count = torch.tensor([float(valid_tokens(batch).sum())], dtype=torch.float64)
-            self.valid = step.data.all_reduce(count.to(step.model.state.device))
+            self.valid = step.data.all_reduce(sent(count, step.model.state.device))
 
     def reduce(self, chunk: int) -> None:
         self.owner.zero.reduce(chunk)

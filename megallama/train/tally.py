@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megallama.autograd.transfer import sent
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch
 from megallama.dist.group import Group
@@ -78,7 +79,7 @@ class Tally:
             *map(self._in_global_batch, (losses, counts, torch.from_numpy(batch.sources_N))),
             self._gradient_squares(),
             activations,
-            torch.tensor(list(map(float, requests)), device=losses.device),
+            sent(torch.tensor(list(map(float, requests))), losses.device),
             over=self.world,
         )
 
@@ -111,7 +112,7 @@ class Tally:
         x_N = torch.zeros(n * self.place.grid.data, dtype=torch.float64, device=device)
         if self.counts_samples:
             first = n * self.place.along("data")
-            x_N[first : first + n] = x_n.to(device, torch.float64)
+            x_N[first : first + n] = sent(x_n, device)
         return x_N
 
     def _gradient_squares(self) -> Tensor:

@@ -51,9 +51,8 @@ def run(variant: ModuleType, code: int, columns: int, more: int) -> None:
     variant.swiglu_forward(launch, double, out)
     variant.swiglu_backward(launch, x, double, double_out, out)
     cos, sin = matrix(ROWS, columns, wide), matrix(ROWS, columns, wide)
-    turned, into = heads(2 * columns), heads(2 * columns)
-    variant.rope(launch, HEADS, turned, turned, cos, sin, False)
-    variant.rope(launch, HEADS, turned, into, cos, sin, True)
+    turned = heads(2 * columns)
+    variant.rope(launch, HEADS, turned, cos, sin, False)
 
 
 def run_loss_and_update(variant: ModuleType, code: int, columns: int, more: int) -> None:
@@ -92,6 +91,23 @@ def run_wgrad(variant: ModuleType, code: int, columns: int, more: int) -> None:
     variant.linear_wgrad((code, tokens, columns + more, THREADS), outputs, dy, x, dw, scratch)
 
 
+def run_attention(variant: ModuleType, code: int, columns: int, more: int) -> None:
+    """Two query heads of one key head, of one segment of a token and one of more than a block."""
+    size, wide, tokens = SIZES[code], SIZES[3 if code == 3 else 0], 67
+
+    def heads(count: int) -> tuple[int, int, int]:
+        return libc.calloc(tokens * count * columns, size), count * columns, columns
+
+    offsets = (ctypes.c_int64 * 3)(0, 1, tokens)
+    launch = (code, tokens, columns + more, THREADS)
+    attention = (ctypes.addressof(offsets), 2, 2, 1)
+    (q, o), (k, v) = (heads(2), heads(2)), (heads(1), heads(1))
+    lse = libc.calloc(tokens * 2, wide), 2
+    variant.attention_forward(launch, attention, q, k, v, o, lse)
+    gradients = heads(2), heads(1), heads(1)
+    variant.attention_backward(launch, attention, heads(2), q, k, v, o, lse, *gradients)
+
+
 def main() -> None:
     module, more = load(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     names = [name for name in ("portable", "avx2", "avx512") if hasattr(module, name)]
@@ -100,6 +116,7 @@ def main() -> None:
             for columns in (1, 3, 8, 17, 64, 71, 300):
                 run(getattr(module, name), code, columns, more)
                 run_loss_and_update(getattr(module, name), code, columns, more)
+                run_attention(getattr(module, name), code, columns, more)
                 if SIZES[code] == 2:
                     run_wgrad(getattr(module, name), code, columns, more)
     print("ran", *names)

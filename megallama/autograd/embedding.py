@@ -19,6 +19,6 @@ def embedding_backward(dx_TD: Tensor, tokens_T: Tensor, dw_vD: Tensor, rows: int
     """Add each token's gradient into its row of `dw_vD`, if it is here."""
     mine_T = (tokens_T >= 0) & (tokens_T < rows)
     # No boolean indexing: its result's length would have to come back from the device.
-    masked_TD = dx_TD.to(dw_vD.dtype).masked_fill(~mine_T[:, None], 0)
+    masked_TD = dx_TD.to(dw_vD.dtype, copy=True).masked_fill_(~mine_T[:, None], 0)
     # Zeros go to every row in turn: all to one would be added one after the other.
     dw_vD.index_add_(0, tokens_T.remainder(len(dw_vD)), masked_TD)

@@ -244,7 +244,7 @@ class DecoderLayer:
             pieces = zip(self.tokens.split(n2_TD), self.tokens.split(gate_up_Tf), strict=True)
             for n2_CD, gate_up_Cf in pieces:  # the forward's own GEMMs, bit for bit
                 self.w13.forward(n2_CD, w13, out=gate_up_Cf)
-        dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf, out=gate_up_Tf)
+        dgate_up_Tf, act_Tf = swiglu_backward(dact_Tf, gate_up_Tf, out=gate_up_Tf, act=dact_Tf)
         dn2 = self.tokens.scatter(self.w13.dgrad(dgate_up_Tf, w13))
         if isinstance(wgrads, WgradQueue):
             n2_TD = yield Covered(n2)

@@ -22,15 +22,15 @@ def swiglu_forward(gate_up_TF: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def swiglu_backward(
-    dact_TF: Tensor, gate_up_TF: Tensor, out: Tensor | None = None
+    dact_TF: Tensor, gate_up_TF: Tensor, out: Tensor | None = None, act: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return d(gate_up) (T, 2F) and the forward's output (T, F), which W2's wgrad needs.
 
-    silu(g) = g·s with s = sigmoid(g), and silu'(g) = s·(1 + g·(1 − s)). d(gate_up) goes into `out`
-    where that is given, which may be `gate_up_TF` itself.
+    silu(g) = g·s with s = sigmoid(g), and silu'(g) = s·(1 + g·(1 − s)). They go into `out` and
+    `act` where these are given, which may be `gate_up_TF` and `dact_TF` themselves.
     """
     dgate_up_TF = torch.empty_like(gate_up_TF) if out is None else out
-    act_TF = _half_as_wide(gate_up_TF)
+    act_TF = _half_as_wide(gate_up_TF) if act is None else act
     _backward(dact_TF, gate_up_TF, dgate_up_TF, act_TF)
     return dgate_up_TF, act_TF
 

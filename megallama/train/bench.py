@@ -20,19 +20,23 @@ from megallama.train.build import Trainer, build_trainer
 from megallama.train.device import device_name
 from megallama.train.doctor import versions
 from megallama.train.meeting import Meeting
+from megallama.train.memory import explained_shortage, refuse_too_large
 from megallama.train.process import ALONE, Process
 from megallama.train.throughput import speed
 
 
 def bench(config: Config, steps: int, warmup: int, process: Process = ALONE) -> dict[str, Any]:
     """Time `steps` training steps after `warmup`; rates are those of the median step."""
-    dataset = same_everywhere(config, Meeting(process, "bench"))
-    trainer = build_trainer(config, process)
-    batch_of = batches(config, dataset, trainer.place)
-    try:
-        seconds = [_timed_step(trainer, batch_of(i), i + 1) for i in range(warmup + steps)]
-    finally:
-        trainer.groups.close()
+    meeting = Meeting(process, "bench")
+    dataset = same_everywhere(config, meeting)
+    meeting.hold(lambda: refuse_too_large(config, process))
+    with explained_shortage(config, process):
+        trainer = build_trainer(config, process)
+        batch_of = batches(config, dataset, trainer.place)
+        try:
+            seconds = [_timed_step(trainer, batch_of(i), i + 1) for i in range(warmup + steps)]
+        finally:
+            trainer.groups.close()
     seconds = seconds[warmup:]
     tokens = config.train.global_batch * config.train.sequence_length
     figures = speed(trainer, tokens, statistics.median(seconds))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from megallama.config.schema import Config
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import EXIT_DONE
@@ -9,16 +13,18 @@ from megallama.spec.grid import Grid, make_grid
 from megallama.spec.memory import held_bytes
 from megallama.spec.parameters import parameter_table
 from megallama.spec.stages import chunks_of, owners_of
+from megallama.spec.workspaces import Device
 from megallama.train.build import build_dataset
 from megallama.train.device import choose_device
+from megallama.train.memory import find_room, ledger_lines, verdict
+from megallama.train.process import Process
 
 #: More ranks than these are not listed.
 MOST_RANKS = 64
-MIB = 1 << 20
 
 
 def dry_run(config: Config, processes: int = 1) -> int:
-    """Validate the config and its data, show the first batch and the memory that a run takes.
+    """Validate the config and its data, show the first batch, and the memory at a step's peak.
 
     Raises:
         UserError: as training would.
@@ -37,12 +43,21 @@ def dry_run(config: Config, processes: int = 1) -> int:
     parameters = sum(parameter.numel for parameter in parameter_table(config.model))
     print(f"parameters: {parameters:,}")
     _show_layout(config, grid)
-    sizes = held_bytes(config, grid)
-    for name, size in sizes.items():
-        print(f"{name}: {size / MIB:,.1f} MiB")
-    whose = ", on the rank that holds the most" if grid.pipeline > 1 else ""
-    print(f"sum, without transient buffers{whose}: {sum(sizes.values()) / MIB:,.1f} MiB")
+    _show_memory(config, grid, device)
     return EXIT_DONE
+
+
+def _show_memory(config: Config, grid: Grid, device: torch.device) -> None:
+    """The ledger, and whether it fits where all ranks are local workers, who share the threads."""
+    room = find_room(device, Process(0, grid.size, 0, grid.size, None, None))
+    if room:
+        room = replace(room, threads=max(1, room.threads // grid.size))
+    if grid.pipeline > 1:
+        print("memory at its peak, on the rank that holds the most:")
+    sizes = held_bytes(config, grid, room.kind if room else Device(device.type))
+    print("\n".join(ledger_lines(sizes)))
+    if room:
+        print(verdict(config, grid, room))
 
 
 def _show_layout(config: Config, grid: Grid) -> None:

@@ -14,6 +14,7 @@ from megallama.autograd.passes import Pass, WgradQueue
 from megallama.autograd.stash import Stash
 from megallama.autograd.transfer import sent
 from megallama.data.dataset import Batch
+from megallama.kernels.squared_norm import squared_norms
 from megallama.model.chunk import MicroBatch
 from megallama.model.llama import Llama
 from megallama.spec.labels import IGNORE
@@ -114,7 +115,7 @@ class StepPasses:
         result = yield from passes.forward(batch, x, stash)
         if stash is not None and self.activation_squares is not None:
             for layer in passes.layers:
-                self.activation_squares[layer] += stash.peek(layer)["x"].double().square().sum()
+                self.activation_squares[layer] += squared_norms([stash.peek(layer)["x"]])[0]
         if passes.head is None:
             return result
         self._losses[micro_batch] = sample_losses(result, self.samples.size)

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from megallama.spec.grid import Place, make_grid
-from megallama.spec.memory import rank_bytes
+from megallama.spec.memory import kept_bytes
 from megallama.spec.schedules.actions import Receive, Schedule, Send
 from megallama.spec.schedules.build import make_schedule
 from megallama.spec.schedules.promises import peak_in_flight, peak_weight_states
@@ -120,7 +120,7 @@ def test_as_many_bytes_are_held_as_the_memory_figures_say(walks, name):
     config, schedule = case.config(1.0), schedule_of(case)
     grid = make_grid(config, case.ranks)
     for found, actions in zip(walks[name], schedule.actions, strict=True):
-        said = rank_bytes(config, Place(grid, found.stage), actions)
+        said = kept_bytes(config, Place(grid, found.stage), actions)
         assert found.state_bytes == said.get("saved from B to W", 0)
         if case.schedule.endswith("-fused"):
             assert 0 < found.saved_bytes <= said["saved activations"]

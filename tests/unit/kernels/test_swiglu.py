@@ -89,12 +89,13 @@ def test_extreme_gates_give_the_limits(device, dtype):
 
 
 @every_dtype
-def test_the_gradient_may_be_written_over_the_input(device, dtype):
+def test_results_may_be_written_over_what_they_are_made_from(device, dtype):
     operands = Operands(device, dtype)
     gate_up, dact = operands(9, 2 * 96), operands(9, 96)
     apart, act = swiglu_backward(dact, gate_up)
-    into, again = swiglu_backward(dact, gate_up, out=gate_up)
+    into, again = swiglu_backward(dact, gate_up, out=gate_up, act=dact)
     assert into is gate_up
+    assert again is dact
     assert torch.equal(into, apart)
     assert torch.equal(again, act)
 

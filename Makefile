@@ -3,6 +3,8 @@
 # make install   .venv with the `megallama` command
 # make test-layouts, make fuzz N=200   every layout against the reference; random combinations
 # make test-schedules   every pipeline schedule for p = 1..16, m = 1..64, v = 1..4
+# make power-loss, make mutations, make pairs   checkpoints: cut anywhere, damaged anywhere, and
+#                saved in one layout to be loaded in another
 # make bench-cpu compare a training step with Hugging Face's, in one run
 # make test-gpu, make bench-gpu   what needs a GPU, with PYTHON=python3 and without .venv
 # make bench-kernels   the CPU kernels of csrc/ against their PyTorch references
@@ -16,7 +18,7 @@ DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
 .PHONY: demo train-demo install lint test test-layouts test-schedules fuzz bench-cpu bench-kernels \
-	bench-schedules bench-network test-gpu bench-gpu clean
+	power-loss mutations pairs bench-schedules bench-network test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: train-demo $(ONE)/compared
@@ -78,6 +80,15 @@ test-schedules: .venv/installed-test
 
 fuzz: .venv/installed-test
 	.venv/bin/python -m tests.layouts --fuzz $(N) --seed $(SEED)
+
+power-loss: .venv/installed-test
+	.venv/bin/python -m tests.chaos.power --n $(N) --seed $(SEED)
+
+mutations: .venv/installed-test
+	.venv/bin/python -m tests.mutations --n $(N) --seed $(SEED)
+
+pairs: .venv/installed-test
+	.venv/bin/python -m tests.chaos.pairs
 
 bench-cpu: .venv/installed-test
 	.venv/bin/python benchmarks/training_step.py --json benchmarks/results/training-step-cpu.json

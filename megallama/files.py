@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from megallama.errors import ConfigError, LostError
 
 #: What a failing disk or a file server that went away answers.
 LOST = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO}
+#: Bytes of one call to write: Linux writes 2 GiB at most.
+WRITE_BYTES = 64 << 20
 
 
 def partial_path(path: Path) -> Path:
@@ -89,3 +92,107 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Disk:
+    """All that a checkpoint asks of the file system, one method an operation.
+
+    It is an argument wherever checkpoints are written or read, so that tests can hand in one that
+    fails at a given operation, or that forgets what was not synced. Every method raises OSError
+    where the system refuses.
+    """
+
+    def make(self, directory: Path) -> None:
+        """Make a directory and the parents it lacks; all their names are on the disk then."""
+        if not directory.is_dir():
+            self.make(directory.parent)
+            try:
+                self.mkdir(directory)
+            except FileExistsError:
+                if not directory.is_dir():  # else another process was first
+                    raise
+            self.sync_names(directory.parent)
+
+    def write_new(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a file that is not there yet. Its bytes are on the disk then, its name may not be.
+
+        A file of which a sync failed must be given up: the system drops the pages it could not
+        write, and the next sync says that all is well.
+        """
+        descriptor = self.create(path)
+        try:
+            for chunk in chunks:
+                view = memoryview(chunk)
+                for start in range(0, len(view), WRITE_BYTES):
+                    self.append(descriptor, view[start : start + WRITE_BYTES])
+            self.sync(descriptor)
+        finally:
+            self.close(descriptor)
+
+    def mkdir(self, directory: Path) -> None:
+        os.mkdir(directory)
+
+    def create(self, path: Path) -> int:
+        """A descriptor of a new, empty file."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def append(self, descriptor: int, data: memoryview) -> None:
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    def sync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def sync_names(self, directory: Path) -> None:
+        """Returns once the names in a directory are on the disk."""
+        sync_path(directory)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def rmdir(self, directory: Path) -> None:
+        os.rmdir(directory)
+
+    def free_bytes(self, directory: Path) -> int:
+        """What this user may still write there. A quota is not seen."""
+        room = os.statvfs(directory)
+        return room.f_bavail * room.f_frsize
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[int]:
+        """A descriptor of an existing plain file. No link is followed, no pipe is waited for.
+
+        Files are read, never mapped: one that is cut meanwhile ends a read early, where a mapping
+        would end the process by SIGBUS.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a plain file")
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def size(self, descriptor: int) -> int:
+        return os.fstat(descriptor).st_size
+
+    def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer from `offset` on; returns how many bytes there were."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def forget(self, descriptor: int) -> None:
+        """Ask that synced bytes leave memory, so that reading them reads the disk."""
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -77,7 +77,7 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.directory),
         "step": manifest.state.get("step"),
         "written": datetime.fromtimestamp(written).astimezone().isoformat(" ", "seconds"),
-        "bytes": sum(s.bytes for entry in manifest.tensors.values() for s in entry.slices),
+        "bytes": sum(file.bytes - file.header_bytes for file in manifest.files),
         "parameters": sum(prod(shape) for shape in shapes.values()),
         "tensors": len(manifest.tensors),
         "kinds": " ".join(sorted({name.partition("/")[0] for name in manifest.tensors})),

@@ -322,7 +322,13 @@ class Checkpoint(Section):
     every: CountOrZero = 0
     """Steps from one checkpoint to the next; 0: only at the end of the run."""
     keep: Count = 2
-    """Number of newest checkpoints kept."""
+    """Number of newest checkpoints kept. Older ones go once a newer one is on the disk, read back
+    and found intact."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of steps that are multiples of this are kept for ever; 0: none is."""
+    asynchronous: Flag = True
+    """Write checkpoints behind the steps: a step waits for a copy in host memory, 12 bytes a
+    parameter divided by the ranks, and not for the disk. The last one of a run is waited for."""
 
 
 class Log(Section):

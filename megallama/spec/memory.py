@@ -112,8 +112,12 @@ class _Rank:
             "moments": 2 * own * self.wide,
         }
         if self.config.parallel.early_step:
-            sizes["kept for early_step"] = 3 * own * self.wide  # masters and moments
+            sizes["kept for early_step"] = self._optimizer_state()
         return sizes
+
+    def _optimizer_state(self) -> int:
+        """This data rank's masters and moments."""
+        return 3 * self.wide * sum(prod(shard.own_shape) for shard in self.shards)
 
     def _second_gradient(self) -> int:
         """Elements of a tied output projection's own gradient, where the embedding is on its
@@ -134,6 +138,9 @@ class _Rank:
             sizes["logits"] = count * chunk_length(*shape) * rows * self.itemsize
         if self.device.type == "cpu":
             sizes["received parts of sums"] = self._received()
+            save = self.config.checkpoint
+            if save.asynchronous and save.every:
+                sizes["copy for the save under way"] = self._optimizer_state()
         return sizes
 
     def _received(self) -> int:

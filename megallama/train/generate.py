@@ -35,8 +35,7 @@ def generate(path: Path, prompt: str, count: int) -> str:
     tokenizer = Tokenizer(beside if beside.exists() else config.data.tokenizer)
     if tokenizer.hash != checkpoint.manifest.tokenizer_hash:
         raise ConfigError(
-            f"{tokenizer.path}: not the tokenizer that {path} was trained with; "
-            "restore that one"
+            f"{tokenizer.path}: not the tokenizer that {path} was trained with; restore that one"
         )
     device = choose_device(config)
     model, zero = build_lone_model(config, device)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
-from megallama.checkpoint.manifest import MANIFEST
-from megallama.checkpoint.store import Checkpoint, committed_checkpoints
 from megallama.config.load import config_to_yaml
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError
-from megallama.files import refuse_os_errors, write_atomic
-from megallama.train.agree import refuse_differences, same_everywhere
+from megallama.files import Disk, refuse_os_errors, write_atomic
+from megallama.train.agree import same_everywhere
 from megallama.train.build import NO_DATA, Trainer, build_trainer
 from megallama.train.console import Console
 from megallama.train.device import bf16_is_emulated
 from megallama.train.loop import Loop
 from megallama.train.meeting import Meeting
+from megallama.train.memory import explained_shortage, refuse_too_large
 from megallama.train.process import ALONE, Process
+from megallama.train.resume import begin, candidates
 from megallama.train.signals import StopSignals
-from megallama.train.snapshot import Progress, find_checkpoint, newest_intact, restore
+from megallama.train.snapshot import Progress
 
 
 def train(
@@ -48,12 +45,16 @@ def train(
         dataset = same_everywhere(config, meeting)
         if dataset is None:
             raise ConfigError(NO_DATA)
-        quiet = not meeting.leads
-        with Console(config.train.total_steps, config.log.every, quiet) as console:
+        meeting.hold(lambda: refuse_too_large(config, process))
+        with (
+            explained_shortage(config, process),
+            Console(config.train.total_steps, config.log.every, not meeting.leads) as console,
+        ):
             trainer = build_trainer(config, process)
             try:
-                resumed_from = _checkpoint(config.run.directory, resume, console, meeting)
-                progress = _start(trainer, resumed_from, dataset, console, meeting)
+                paths = candidates(config.run.directory, resume, meeting)
+                resumed_from, progress = begin(trainer, paths, dataset, meeting, console.message)
+                _open_directory(config, meeting)
                 _describe(trainer, dataset, progress, console)
                 loop = Loop(trainer, dataset, progress, console, meeting, resumed_from)
                 return loop.run(stop)
@@ -61,82 +62,32 @@ def train(
                 trainer.groups.close()
 
 
-def _start(
-    trainer: Trainer,
-    resumed_from: Path | None,
-    dataset: Dataset,
-    console: Console,
-    meeting: Meeting,
-) -> Progress:
-    """Fill the trainer, and write the run's config.yaml.
+def _open_directory(config: Config, meeting: Meeting) -> None:
+    """Make the run's directory, and write its config.yaml.
 
     Raises:
-        ConfigError: the run's directory cannot be written, or is not the same one on every rank.
+        ConfigError: it cannot be written, or is not the same one on every rank.
     """
-    started: list[Progress] = []
-    directory = trainer.config.run.directory
+    directory = config.run.directory
+    folder = directory / "checkpoints"
 
-    def start() -> str:
-        digest = ""
-        if resumed_from:
-            checkpoint = Checkpoint(resumed_from)
-            digest = hashlib.blake2b((resumed_from / MANIFEST).read_bytes()).hexdigest()
-            started.append(restore(trainer, checkpoint, dataset))
-        else:
-            started.append(Progress())
+    def make() -> str:
         if meeting.leads:
-            write_atomic(directory / "config.yaml", config_to_yaml(trainer.config).encode())
-            folder = directory / "checkpoints"
             with refuse_os_errors("write", folder):  # now, rather than after hours of training
-                folder.mkdir(exist_ok=True)
-        return json.dumps({f"the checkpoint {resumed_from}": digest})
+                Disk().make(folder)
+            write_atomic(directory / "config.yaml", config_to_yaml(config).encode())
+        return ""
 
     def see() -> str:
-        if not (directory / "checkpoints").is_dir():
+        if not folder.is_dir():
             raise ConfigError(
-                f"run.root={trainer.config.run.root}: rank {meeting.process.rank} does not see the "
+                f"run.root={config.run.root}: rank {meeting.process.rank} does not see the "
                 "directory that rank 0 made there; choose one that all machines share"
             )
         return ""
 
-    meeting.hold(start, refuse_differences)
+    meeting.hold(make)
     meeting.hold(see)
-    if resumed_from:
-        console.message(f"resumed from {resumed_from}")
-    return started[0]
-
-
-def _checkpoint(directory: Path, resume: str, console: Console, meeting: Meeting) -> Path | None:
-    """Where to begin: rank 0 looks and verifies, the others take its word."""
-
-    def find() -> str:
-        found = _find_checkpoint(directory, resume, console) if meeting.leads else None
-        return str(found.directory) if found else ""
-
-    path = meeting.hold(find)
-    return Path(path) if path else None
-
-
-def _find_checkpoint(directory: Path, resume: str, console: Console) -> Checkpoint | None:
-    """Where to begin. Refuses what would leave checkpoints of another course in the run."""
-    folder = directory / "checkpoints"
-    if resume == "auto":
-        return newest_intact(folder, console.message)
-    own = committed_checkpoints(folder)
-    if resume == "none":
-        if own:
-            raise ConfigError(
-                f"--resume none: {directory} already holds checkpoints; "
-                "choose another run.name, or remove the directory"
-            )
-        return None
-    checkpoint = find_checkpoint(Path(resume))
-    if own and own[-1].resolve() != checkpoint.directory.resolve():
-        raise ConfigError(
-            f"--resume {resume}: {directory} has a checkpoint of its own, {own[-1].name}; "
-            "use --resume auto, choose another run.name, or remove those after it"
-        )
-    return checkpoint
 
 
 def _describe(trainer: Trainer, dataset: Dataset, progress: Progress, console: Console) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from megallama.checkpoint.store import checkpoint_path, prune_checkpoints
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch, Dataset
 from megallama.errors import (
@@ -18,6 +17,7 @@ from megallama.errors import (
     EXIT_STOPPED,
     CorruptError,
     DivergedError,
+    LostError,
 )
 from megallama.files import refuse_os_errors
 from megallama.optim.schedule import learning_rate
@@ -26,8 +26,9 @@ from megallama.train.console import Console
 from megallama.train.meeting import Meeting
 from megallama.train.metrics import MetricsWriter
 from megallama.train.profile import Profile
+from megallama.train.saver import Saver
 from megallama.train.signals import StopSignals
-from megallama.train.snapshot import Progress, save
+from megallama.train.snapshot import Progress
 from megallama.train.tally import StepResult
 from megallama.train.throughput import speed
 from megallama.train.trackers import Tracker, wandb_tracker
@@ -35,6 +36,9 @@ from megallama.train.validate import validate
 
 #: Steps in a row that may be left out for a non-finite value before the run is given up.
 MOST_FAILURES = 10
+#: Seconds that a failing rank gives to the checkpoint that is being written; and where a rank is
+#: lost, without whose file there will be none.
+LAST_WORDS, LAST_WORDS_LOST = 60.0, 2.0
 
 
 class Loop:
@@ -56,7 +60,7 @@ class Loop:
         self.meeting = meeting
         self.config: Config = trainer.config
         self.console = console
-        self.newest = resumed_from.resolve() if resumed_from else None
+        self.saver = Saver(trainer, dataset, meeting, resumed_from)
         self.directory: Path = self.config.run.directory
         self.total_steps = self.config.train.total_steps
         self.ranks = trainer.place.grid.size
@@ -74,8 +78,15 @@ class Loop:
             self.meeting.hold(lambda: self._open_metrics(stack))
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
-            code = self._steps(stop)
-            self._save()
+            try:
+                code = self._steps(stop)
+                self._save_last()
+            except Exception as error:  # a second Ctrl-C waits for nothing
+                lost = isinstance(error, LostError)
+                with suppress(Exception):  # what ended the run is what is told
+                    self.saver.finish(LAST_WORDS_LOST if lost else LAST_WORDS)
+                    self._report_saves()
+                raise
             if code == EXIT_DONE and self.progress.failures:
                 raise self._diverged("the last of the run")
         return code
@@ -92,7 +103,8 @@ class Loop:
             agreed = self._step(requests)
             every = self.config.checkpoint.every
             if every and self.progress.step % every == 0 and not self.progress.failures:
-                self._save()
+                self.saver.start(self.progress)
+            self._report_saves()
             # Ranks hear of a signal at different times: what they agreed on in the step counts.
             terminated, interrupted, late = agreed if self.ranks > 1 else requests()
             if interrupted:
@@ -139,7 +151,7 @@ class Loop:
             return self.dataset.batch(first, count)
         except CorruptError:
             if self.ranks == 1:
-                self._save()  # the steps up to here are sound; others might not see the damage
+                self._save_last()  # the steps up to here are sound; others might not see the damage
             raise
 
     def _count(self, result: StepResult) -> None:
@@ -195,18 +207,23 @@ class Loop:
         self.tracker.validation(row, self.progress.samples)
         self.console.validation(row)
 
-    def _save(self) -> None:
-        """Save this step, unless it is the one saved or resumed from last.
+    def _save_last(self) -> None:
+        """Save this step, unless it is saved, and wait for it."""
+        self.saver.finish()
+        self._report_saves()
+        self.saver.save_last(self.progress)
+        self._report_saves()
 
-        In a stretch of steps that were not finite the weights may be the reason: then nothing older
-        is deleted for them.
-        """
-        folder = self.directory / "checkpoints"
-        if checkpoint_path(folder, self.progress.step).resolve() != self.newest:
-            path = save(self.trainer, self.progress, folder, self.dataset, self.meeting)
-            if self.meeting.leads and not self.progress.failures:
-                prune_checkpoints(folder, self.config.checkpoint.keep, path)
-            self.newest = path.resolve()
+    def _report_saves(self) -> None:
+        """Say which saves failed since the last call: the run goes on without them."""
+        for save in self.saver.ended():
+            if save.error:
+                message = f"no checkpoint of step {save.step}: {save.error}; older ones are intact"
+                row = {"step": self.progress.step, "tokens": self.progress.tokens}
+                self._log(row | {"failed_save": {"step": save.step, "reason": str(save.error)}})
+                self.console.message(message)
+            elif save.warning:
+                self.console.message(save.warning)
 
     def _open_metrics(self, stack: ExitStack) -> str:
         path = self.directory / "metrics.jsonl"

@@ -6,7 +6,8 @@ and the writer cuts it off when it opens the file. JSON has no NaN: a non-finite
 Step rows hold: step tokens loss grad_norm lr step_seconds tokens_per_second
 tokens_per_second_per_gpu tflops_per_gpu mfu mfu_6n memory_bytes, and where they exist
 loss_per_source {name: loss}, epochs, layer_norms, skipped_steps. Validation rows hold: step tokens
-validation_loss validation_loss_per_source. Losses are in nats a token.
+validation_loss validation_loss_per_source. A save that failed has a row of its own: step tokens
+failed_save {step, reason}. Losses are in nats a token.
 """
 
 from __future__ import annotations

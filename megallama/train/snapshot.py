@@ -6,7 +6,8 @@ data order and initial weights from the config, so there is no random state to s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,30 @@ from typing import Any
 from torch import Tensor
 
 from megallama.checkpoint.manifest import MANIFEST, Manifest
+from megallama.checkpoint.rank_file import Rectangle
 from megallama.checkpoint.store import (
+    DISK,
     Checkpoint,
-    Rectangle,
+    Want,
     begin_checkpoint,
     checkpoint_path,
     commit_checkpoint,
     committed_checkpoints,
+    delete_checkpoint,
     write_rank,
 )
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
-from megallama.errors import ConfigError, CorruptError
+from megallama.errors import ConfigError, LostError, UserError
+from megallama.files import Disk
 from megallama.model.llama import Llama
 from megallama.parallel.zero import Zero
 from megallama.train.build import Trainer
 from megallama.train.meeting import Meeting
 
 MASTER = "master"
+#: Bytes set aside for the header of a rank's file, more than it takes at 80 layers.
+HEADER_BYTES = 1 << 19
 
 
 @dataclass
@@ -50,8 +57,35 @@ class Progress:
     failures: int = 0
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes of a step: its rectangles, and what the manifest says beside tensors.
+
+    `bytes`: about what all ranks' files take.
+    """
+
+    step: int
+    rectangles: Sequence[Rectangle]
+    facts: Manifest
+    bytes: int
+
+
+def snapshot(trainer: Trainer, progress: Progress, dataset: Dataset) -> Snapshot:
+    """This step's state as it is: the rectangles are views, which the next update changes."""
+    config = trainer.config.model_dump(mode="json")
+    facts = Manifest(asdict(progress), config, dataset.tokenizer_hash, dataset.fingerprints)
+    state = 3 * trainer.parameters * trainer.model.state.wide.itemsize
+    headers = HEADER_BYTES * trainer.place.grid.size
+    return Snapshot(progress.step, rectangles(trainer), facts, state + headers)
+
+
 def save(
-    trainer: Trainer, progress: Progress, folder: Path, dataset: Dataset, meeting: Meeting
+    trainer: Trainer,
+    progress: Progress,
+    folder: Path,
+    dataset: Dataset,
+    meeting: Meeting,
+    disk: Disk = DISK,
 ) -> Path:
     """Save a checkpoint of this step under `folder`, every rank what it owns.
 
@@ -60,24 +94,34 @@ def save(
     Raises:
         ConfigError: a rank's disk refuses; other checkpoints are untouched.
     """
-    directory = checkpoint_path(folder, progress.step)
-    config = trainer.config.model_dump(mode="json")
-    facts = Manifest(asdict(progress), config, dataset.tokenizer_hash, dataset.fingerprints)
+    return write_snapshot(snapshot(trainer, progress, dataset), folder, meeting, disk)
+
+
+def write_snapshot(state: Snapshot, folder: Path, meeting: Meeting, disk: Disk) -> Path:
+    """What `save` does, of a snapshot; every rank returns or raises alike."""
+    directory = checkpoint_path(folder, state.step)
 
     def begin() -> str:
         if meeting.leads:
-            begin_checkpoint(directory)
+            begin_checkpoint(directory, state.bytes, disk)
         return ""
 
     def write() -> str:
-        return write_rank(directory, meeting.process.rank, _tensors(trainer))
+        return write_rank(directory, meeting.process.rank, state.rectangles, disk)
 
     def commit(ranks: Sequence[str]) -> str:
-        commit_checkpoint(directory, ranks, facts)
+        commit_checkpoint(directory, ranks, state.facts, disk)
         return ""
 
     meeting.hold(begin)
-    meeting.hold(write, commit)
+    try:
+        meeting.hold(write, commit)
+    except UserError as error:
+        # Nobody writes any more, unless a rank is lost: what there is takes room on a full disk.
+        if meeting.leads and not isinstance(error, LostError):
+            with suppress(OSError):
+                delete_checkpoint(directory, disk)
+        raise
     return directory
 
 
@@ -88,12 +132,18 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Progr
         ConfigError: it is of another model, precision, tokenizer or order of data.
         CorruptError: it is damaged.
     """
+    with trainer.zero.changing_masters():
+        return read_state(trainer, checkpoint, dataset)
+
+
+def read_state(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Progress:
+    """What `restore` does, inside `changing_masters`: no other rank is needed, or told.
+
+    After an error the trainer may have parts of two states, and is to be filled from another.
+    """
     _refuse_other_run(trainer.config, checkpoint)
     _refuse_other_data(trainer.config, checkpoint, dataset)
-    with trainer.zero.changing_masters():
-        for name, tensors in _kinds(trainer).items():
-            for piece, tensor in trainer.model.state.pieces(tensors):
-                tensor.copy_(checkpoint.read(f"{name}/{piece.part.name}", piece.region))
+    checkpoint.fill(_wants(trainer), near=trainer.place.rank)
     progress = Progress(**checkpoint.manifest.state)
     trainer.optimizer.updates = progress.updates
     return progress
@@ -102,30 +152,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Progr
 def restore_weights(model: Llama, zero: Zero, checkpoint: Checkpoint) -> None:
     """Fill a model's weights alone."""
     with zero.changing_masters():
-        for piece, tensor in model.state.pieces(model.state.masters):
-            tensor.copy_(checkpoint.read(f"{MASTER}/{piece.part.name}", piece.region))
-
-
-def newest_intact(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; each one passed over is named through `say`.
-
-    Raises:
-        CorruptError: there are checkpoints and none verifies. Starting anew would be silent loss.
-    """
-    directories = committed_checkpoints(folder)
-    for directory in reversed(directories):
-        try:
-            checkpoint = Checkpoint(directory)
-            checkpoint.verify()
-            return checkpoint
-        except CorruptError as error:
-            say(f"passed over a damaged checkpoint: {error}")
-    if directories:
-        raise CorruptError(
-            f"{folder}: none of its {len(directories)} checkpoints is intact; "
-            "restore one from a copy, or choose another run.name to start anew"
+        checkpoint.fill(
+            Want(f"{MASTER}/{piece.part.name}", piece.region, tensor)
+            for piece, tensor in model.state.pieces(model.state.masters)
         )
-    return None
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -147,14 +177,21 @@ def _kinds(trainer: Trainer) -> dict[str, Mapping[str, Tensor]]:
     }
 
 
-def _tensors(trainer: Trainer) -> list[Rectangle]:
-    """The rectangles that this rank writes."""
+def rectangles(trainer: Trainer) -> list[Rectangle]:
+    """The rectangles that this rank writes: views of its state."""
     return [
         Rectangle(f"{kind}/{piece.part.name}", piece.part.shape, piece.start, tensor)
         for kind, tensors in _kinds(trainer).items()
         for piece, tensor in trainer.model.state.pieces(tensors)
         if piece.owned
     ]
+
+
+def _wants(trainer: Trainer) -> Iterator[Want]:
+    """All that this rank reads, into its own tensors."""
+    for kind, tensors in _kinds(trainer).items():
+        for piece, tensor in trainer.model.state.pieces(tensors):
+            yield Want(f"{kind}/{piece.part.name}", piece.region, tensor)
 
 
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:

@@ -60,15 +60,16 @@ class Stop(NamedTuple):
     worker: int | None = None
 
 
+#: The save of step 6 waits for that of step 3, so a kill after step 7 finds a checkpoint.
 STOPS = {
     "stopped-one": Stop("one", 4, signal.SIGTERM, 75),
     "stopped-tensor": Stop("tensor", 3, signal.SIGINT, 130),
     "stopped-data": Stop("data", 2, signal.SIGTERM, 75, worker=1),
     "stopped-grid": Stop("grid", 2, signal.SIGUSR1, 75),
     "stopped-stages": Stop("stages", 2, signal.SIGTERM, 75),
-    "killed-replicas": Stop("replicas", 4, signal.SIGKILL, 69, worker=3),
-    "killed-grid": Stop("grid", 4, signal.SIGKILL, 69, worker=2),
-    "killed-tensor": Stop("tensor", 5, signal.SIGKILL, 69, worker=0),
+    "killed-replicas": Stop("replicas", 7, signal.SIGKILL, 69, worker=3),
+    "killed-grid": Stop("grid", 7, signal.SIGKILL, 69, worker=2),
+    "killed-tensor": Stop("tensor", 7, signal.SIGKILL, 69, worker=0),
 }
 #: Run → the run that it is a copy of, stopped, and the layout in which it goes on.
 MOVES = {

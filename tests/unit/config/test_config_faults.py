@@ -187,7 +187,7 @@ def test_all_faults_at_once(faults):
         ("train.every", "use validation.every or checkpoint.every or log.every"),
         ("model.layrs", "use model.layers"),
         ("train.tie_embedings", "use model.tie_embeddings"),
-        ("checkpoint.zzz", "remove it, or use one of every, keep"),
+        ("checkpoint.zzz", "remove it, or use one of every, keep, keep_every, asynchronous"),
         ("zzz", f"remove it; the sections are {', '.join(Config.model_fields)}"),
         ("zzz.yyy", f"remove it; the sections are {', '.join(Config.model_fields)}"),
     ],

@@ -1,0 +1,176 @@
+"""Saves checkpoints behind the steps: a copy in host memory holds a step up, the disk does not.
+
+Each rank has a thread that writes one save at a time. The threads of all ranks meet in the job's
+store under keys of their own and through a connection of their own, so that a thread that waits in
+the store for the slowest disk keeps no other thread from it, and no collective is theirs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megallama.checkpoint.rank_file import Rectangle
+from megallama.checkpoint.store import DISK, checkpoint_path, prune_checkpoints
+from megallama.data.dataset import Dataset
+from megallama.errors import ConfigError, UserError
+from megallama.files import Disk
+from megallama.train.build import Trainer
+from megallama.train.meeting import Meeting
+from megallama.train.snapshot import Progress, Snapshot, rectangles, snapshot, write_snapshot
+
+#: Bytes to which every copied tensor is aligned.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a save ended, alike on every rank: `error` where there is no checkpoint of the step.
+
+    `warning`: of rank 0, where older checkpoints could not be deleted.
+    """
+
+    step: int
+    error: UserError | None = None
+    warning: str = ""
+
+
+class HostCopy:
+    """Host memory that one rank's rectangles are copied to, the same for every save.
+
+    Raises ConfigError where there is no room for it.
+    """
+
+    def __init__(self, views: Sequence[Rectangle], pinned: bool) -> None:
+        room = [-(-view.data.nbytes // ALIGNMENT) * ALIGNMENT for view in views]
+        self.bytes = sum(room)
+        try:
+            memory = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=pinned)
+        except (RuntimeError, MemoryError) as error:  # torch's own, for a refused allocation too
+            raise ConfigError(
+                f"checkpoint.asynchronous: no host memory for a copy of {self.bytes / 2**30:.1f} "
+                "GiB on this rank; set it to false"
+            ) from error
+        self._tensors = [
+            piece[: view.data.nbytes].view(view.data.dtype).view(view.data.shape)
+            for piece, view in zip(memory.split(room), views, strict=True)
+        ]
+
+    def take(self, views: Sequence[Rectangle]) -> list[Rectangle]:
+        """The same rectangles with copies of their data; all copied when this returns."""
+        for tensor, view in zip(self._tensors, views, strict=True):
+            tensor.copy_(view.data, non_blocking=True)
+        if views and views[0].data.is_cuda:
+            torch.cuda.current_stream(views[0].data.device).synchronize()
+        pairs = zip(self._tensors, views, strict=True)
+        return [replace(view, data=tensor) for tensor, view in pairs]
+
+
+class Saver:
+    """The saves of a run, on one rank; all ranks call it alike.
+
+    `newest`: the run's newest checkpoint as far as this rank has waited for it.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset,
+        meeting: Meeting,
+        newest: Path | None,
+        disk: Disk = DISK,
+    ) -> None:
+        self.trainer, self.dataset, self.disk = trainer, dataset, disk
+        self.folder = trainer.config.run.directory / "checkpoints"
+        self.newest = newest.resolve() if newest else None
+        process = meeting.process
+        if process.store is not None:
+            process = replace(process, store=process.store.clone())  # type: ignore[attr-defined]
+        self._meeting = Meeting(process, "save")
+        config = trainer.config.checkpoint
+        self._copy = None
+        if config.asynchronous and config.every:
+            self._copy = HostCopy(rectangles(trainer), pinned=trainer.device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self._ended: deque[Ended] = deque()
+        self._bug: BaseException | None = None
+
+    def start(self, progress: Progress) -> None:
+        """Save this step, unless it is saved; the one before is waited for."""
+        self.finish()
+        if self._is_newest(progress):
+            return
+        state = snapshot(self.trainer, progress, self.dataset)
+        if self._copy is None:
+            self._ended.append(self._save(state))
+            return
+        state = replace(state, rectangles=self._copy.take(state.rectangles))
+        # A daemon: a process that ends for another reason waits for it in the loop, not at exit.
+        self._thread = threading.Thread(target=self._work, args=[state], name="save", daemon=True)
+        self._thread.start()
+
+    def save_last(self, progress: Progress) -> None:
+        """Save this step, unless it is saved, and wait for it; the disk is tried once more where
+        that failed before.
+
+        Raises:
+            UserError: it is not saved.
+        """
+        self.finish()
+        if self._is_newest(progress):
+            return
+        ended = self._save(snapshot(self.trainer, progress, self.dataset))
+        if ended.error:
+            raise ended.error
+        self._ended.append(ended)
+
+    def finish(self, seconds: float | None = None) -> None:
+        """Wait for the save that is under way, for so long at most."""
+        if self._thread:
+            self._thread.join(seconds)
+        self._collect()
+
+    def ended(self) -> list[Ended]:
+        """The saves that ended since the last call, without waiting."""
+        self._collect()
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def _is_newest(self, progress: Progress) -> bool:
+        return checkpoint_path(self.folder, progress.step).resolve() == self.newest
+
+    def _collect(self) -> None:
+        if self._thread and not self._thread.is_alive():
+            self._thread = None
+        if self._bug and not self._thread:
+            bug, self._bug = self._bug, None
+            raise bug
+
+    def _work(self, state: Snapshot) -> None:
+        try:
+            self._ended.append(self._save(state))
+        except BaseException as bug:
+            self._bug = bug  # it is raised where the thread is waited for
+
+    def _save(self, state: Snapshot) -> Ended:
+        """Write, commit, and delete what is older.
+
+        In a stretch of steps that were not finite the weights may be the reason: then nothing older
+        is deleted for them.
+        """
+        try:
+            path = write_snapshot(state, self.folder, self._meeting, self.disk)
+        except UserError as error:
+            return Ended(state.step, error)
+        self.newest = path.resolve()
+        config = self.trainer.config.checkpoint
+        if self._meeting.leads and not state.facts.state["failures"]:
+            try:
+                prune_checkpoints(self.folder, config.keep, path, config.keep_every, self.disk)
+            except UserError as error:
+                return Ended(state.step, warning=str(error))
+        return Ended(state.step)

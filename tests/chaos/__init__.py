@@ -1,0 +1,1 @@
+"""What disks and machines do to a run: power loss, refusals, damage."""

@@ -2,6 +2,8 @@
 # make test      lint and test
 # make install   .venv with the `megallama` command
 # make test-layouts, make fuzz N=200   every layout against the reference; random combinations
+# make chaos N=200 SEED=0   ranks killed at random while they train, save and recover; SIGTERMs,
+#   SIGSTOPs and flipped bits: .venv/bin/python -m tests.chaos --help
 # make test-schedules   every pipeline schedule for p = 1..16, m = 1..64, v = 1..4
 # make power-loss, make mutations, make pairs   checkpoints: cut anywhere, damaged anywhere, and
 #                saved in one layout to be loaded in another
@@ -17,7 +19,7 @@ override ONE := runs/demo-one-process
 DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
-.PHONY: demo train-demo install lint test test-layouts test-schedules fuzz bench-cpu bench-kernels \
+.PHONY: demo train-demo install lint test chaos test-layouts test-schedules fuzz bench-cpu bench-kernels \
 	power-loss mutations pairs bench-schedules bench-network test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
@@ -89,6 +91,9 @@ mutations: .venv/installed-test
 
 pairs: .venv/installed-test
 	.venv/bin/python -m tests.chaos.pairs
+
+chaos: .venv/installed-test
+	.venv/bin/python -m tests.chaos --n $(N) --seed $(SEED)
 
 bench-cpu: .venv/installed-test
 	.venv/bin/python benchmarks/training_step.py --json benchmarks/results/training-step-cpu.json

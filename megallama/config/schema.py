@@ -112,6 +112,8 @@ class Run(Section):
     """The folder that holds the run directories."""
     seed: Seed = 1234
     """Decides initial weights and data order, at any layout."""
+    init_from: Place | None = None
+    """Checkpoint, or run directory, whose weights a new run begins with; null: drawn by seed."""
 
     @property
     def directory(self) -> Path:
@@ -195,6 +197,9 @@ class Train(Section):
     """What a layer keeps from its forward for its backward; the rest is recomputed."""
     deterministic: Flag = False
     """Ask for the same bits on every run, also on CUDA; slower there."""
+    check_replicas_every: CountOrZero = 1
+    """Steps from one comparison of the weights with their owner's masters, and of what several
+    tensor ranks hold, to the next (before each save, too); 0: never."""
     max_minutes: Positive | None = None
     """Save and stop after so many minutes (exit code 75); null: no limit."""
     profile: Profile | None = None
@@ -340,6 +345,8 @@ class Log(Section):
     """Log the loss of each data source."""
     layer_norms_every: CountOrZero = 0
     """Steps from one log of each layer's gradient norm and input RMS to the next; 0: never."""
+    stragglers_every: CountOrZero = 50
+    """Steps over which the ranks' own time is compared, to name one that is slow; 0: never."""
 
 
 class Config(Strict):

@@ -36,6 +36,8 @@ class Groups:
     by_name: dict[str, Group]
     traffic: Traffic
     recorder: Recorder = field(default_factory=Recorder)
+    #: Knows how long this process waited, on gloo; None on NCCL, where the device waits.
+    watch: Watch | None = None
 
     def __getitem__(self, name: str) -> Group:
         return self.by_name[name]
@@ -102,7 +104,8 @@ def connect(
             groups[name] = _gloo(setup, name, ranks)
         else:
             groups[name] = _nccl(setup, name, ranks)
-    return Groups(groups, setup.traffic, setup.recorder)
+    gloo = watch if device.type == "cpu" else None
+    return Groups(groups, setup.traffic, setup.recorder, gloo)
 
 
 def _own_store(setup: _Setup, name: str, ranks: Sequence[int]) -> compat.Store:

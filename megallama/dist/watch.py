@@ -72,6 +72,8 @@ class Watch:
 
     def __init__(self, store: Store | None, rank: int, timeout: timedelta) -> None:
         self.rank, self.timeout = rank, timeout.total_seconds()
+        #: Seconds that the thread which computes has waited for others.
+        self.waited = 0.0
         self._store = None if store is None else PrefixStore("watch", store)
         self._asking = threading.Thread()
         self._links: list[Link] = []
@@ -142,12 +144,14 @@ class Vigil:
             LostError: it did not, or another rank lost one and all give up.
         """
         watch, link = self._watch, self._link
-        deadline = time.monotonic() + watch.timeout
+        began = time.monotonic()
+        deadline = began + watch.timeout
         while not ended.wait(min(LOOK, max(deadline - time.monotonic(), 0.01))):
             late, waiting = time.monotonic() >= deadline, link.waiting
             if waiting is not None and (late or watch.others_gave_up()):
                 reason = f"no answer within {watch.timeout:g} s" if late else "another rank gave up"
                 raise watch.lose(link.lost(*waiting, reason), link.name, failed=late)
+        watch.waited += time.monotonic() - began
 
     def explain(self, error: LostError) -> LostError:
         """The error to show for an operation that failed with `error`."""

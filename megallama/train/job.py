@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Collection
+from contextlib import closing, nullcontext
 
 import torch
 
@@ -13,8 +14,11 @@ from megallama.errors import ConfigError
 from megallama.files import Disk, refuse_os_errors, write_atomic
 from megallama.train.agree import same_everywhere
 from megallama.train.build import NO_DATA, Trainer, build_trainer
+from megallama.train.changed import changed_keys
 from megallama.train.console import Console
 from megallama.train.device import bf16_is_emulated
+from megallama.train.init_from import take_weights, with_origin
+from megallama.train.lease import sole_writer
 from megallama.train.loop import Loop
 from megallama.train.meeting import Meeting
 from megallama.train.memory import explained_shortage, refuse_too_large
@@ -29,12 +33,14 @@ def train(
     resume: str = "auto",
     stop: StopSignals | None = None,
     process: Process = ALONE,
+    allowed: Collection[str] = (),
 ) -> int:
     """Train and return the exit code: 0 done, 75 or 130 stopped after saving.
 
     `resume` is `auto` (the run's newest intact checkpoint, or a new run), `none` (a new run) or the
-    path of a checkpoint or run directory. A caller that listens for signals already gives `stop`.
-    All processes of a job call it alike; `process` is this one's place among them.
+    path of a checkpoint or run directory; `allowed` are the keys that may have other values than
+    the checkpoint was trained with (`config.changes`). A caller that listens for signals already
+    gives `stop`. All processes of a job call it alike; `process` is this one's place among them.
 
     Raises:
         UserError: the config, the data or the checkpoint cannot be used. What one process finds
@@ -50,16 +56,21 @@ def train(
             explained_shortage(config, process),
             Console(config.train.total_steps, config.log.every, not meeting.leads) as console,
         ):
+            say = console.message
             trainer = build_trainer(config, process)
-            try:
+            with closing(trainer.groups), sole_writer(config.run.directory, meeting, say) as lease:
                 paths = candidates(config.run.directory, resume, meeting)
-                resumed_from, progress = begin(trainer, paths, dataset, meeting, console.message)
-                _open_directory(config, meeting)
+                resumed_from, progress = begin(trainer, paths, dataset, meeting, say)
+                if resumed_from:
+                    if changed := changed_keys(config, resumed_from, allowed):
+                        say(f"changed since: {', '.join(map(str, changed))}")
+                    trainer = with_origin(trainer, resumed_from)
+                elif config.run.init_from:
+                    take_weights(trainer, dataset, meeting, say)
+                _open_directory(trainer.config, meeting)
                 _describe(trainer, dataset, progress, console)
-                loop = Loop(trainer, dataset, progress, console, meeting, resumed_from)
+                loop = Loop(trainer, dataset, progress, console, meeting, resumed_from, lease)
                 return loop.run(stop)
-            finally:
-                trainer.groups.close()
 
 
 def _open_directory(config: Config, meeting: Meeting) -> None:

@@ -23,6 +23,8 @@ from megallama.files import refuse_os_errors
 from megallama.optim.schedule import learning_rate
 from megallama.train.build import Trainer
 from megallama.train.console import Console
+from megallama.train.guard import Guard
+from megallama.train.lease import Lease
 from megallama.train.meeting import Meeting
 from megallama.train.metrics import MetricsWriter
 from megallama.train.profile import Profile
@@ -55,6 +57,7 @@ class Loop:
         console: Console,
         meeting: Meeting,
         resumed_from: Path | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.trainer, self.dataset, self.progress = trainer, dataset, progress
         self.meeting = meeting
@@ -65,6 +68,7 @@ class Loop:
         self.total_steps = self.config.train.total_steps
         self.ranks = trainer.place.grid.size
         self.profile = Profile(trainer, meeting, console.message)
+        self.guard = Guard(trainer, meeting, lease, console.message)
 
     def run(self, stop: StopSignals) -> int:
         """Train; return the exit code. Whatever stops all ranks alike, the last step is saved.
@@ -81,6 +85,8 @@ class Loop:
             try:
                 code = self._steps(stop)
                 self._save_last()
+                if code == EXIT_INTERRUPTED:
+                    self.guard.stopped()
             except Exception as error:  # a second Ctrl-C waits for nothing
                 lost = isinstance(error, LostError)
                 with suppress(Exception):  # what ended the run is what is told
@@ -96,8 +102,8 @@ class Loop:
         deadline = time.monotonic() + 60 * minutes if minutes else math.inf
 
         def requests() -> tuple[bool, ...]:
-            codes = (stop.code == EXIT_STOPPED, stop.code == EXIT_INTERRUPTED)
-            return (*codes, time.monotonic() > deadline)
+            interrupted = stop.code == EXIT_INTERRUPTED or self.guard.stop_asked()
+            return stop.code == EXIT_STOPPED, interrupted, time.monotonic() > deadline
 
         while self.progress.step < self.total_steps:
             agreed = self._step(requests)
@@ -121,14 +127,19 @@ class Loop:
         config, progress = self.config, self.progress
         step = progress.step + 1
         began = time.perf_counter()
+        self.guard.stragglers.before()
         lr = learning_rate(config.optimizer, step, self.total_steps)
         batch = self._batch()
         norms_every = config.log.layer_norms_every
         layer_norms = bool(norms_every) and step % norms_every == 0
         self.profile.before(step)
-        result = self.trainer.step.run(batch, lr, layer_norms, requests)
+        result = self.trainer.step.run(
+            batch, lr, layer_norms, lambda: (*self.guard.alarms(step), *requests())
+        )
+        self.guard.heed(result.requests[:2], step)
         seconds = time.perf_counter() - began
         self.profile.after(step)
+        self.guard.stragglers.after(step, seconds)
         progress.step = step
         progress.samples += config.train.global_batch
         progress.tokens += result.tokens
@@ -141,7 +152,7 @@ class Loop:
             step % config.validation.every == 0 or step == self.total_steps
         ):
             self._validate()
-        return result.requests
+        return result.requests[2:]
 
     def _batch(self) -> Batch:
         place = self.trainer.place

@@ -1,8 +1,11 @@
-"""Requests to stop: a signal sets a flag, and the loop looks at it between two steps."""
+"""Requests to stop, by a signal or a file: they set a flag that the loop looks at between steps."""
 
 from __future__ import annotations
 
 import signal
+import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from megallama.errors import EXIT_INTERRUPTED, EXIT_STOPPED
@@ -45,3 +48,30 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.code != EXIT_INTERRUPTED:  # what a person asked for, a scheduler does not undo
             self.code = CODES[signal.Signals(number)]
+
+
+class StopFile:
+    """`RUN_DIR/stop`, which anyone may make who can write there: as Ctrl-C, from another machine.
+
+    One rank looks for it, at most once in `SECONDS`: a look at a shared file system may take a
+    millisecond.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "stop"
+        self._next, self._seen = 0.0, False
+
+    def asked(self) -> bool:
+        """Whether it is there, or was."""
+        if not self._seen and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.SECONDS
+            with suppress(OSError):
+                self._seen = self.path.exists()
+        return self._seen
+
+    def heard(self) -> None:
+        """Remove it, once everything is saved: the run may be started again."""
+        with suppress(OSError):
+            self.path.unlink()

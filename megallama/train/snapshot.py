@@ -6,11 +6,10 @@ data order and initial weights from the config, so there is no random state to s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from megallama.checkpoint.store import (
     delete_checkpoint,
     write_rank,
 )
+from megallama.config.changes import Kind, changes, refuse_changes
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError, LostError, UserError
@@ -195,37 +195,12 @@ def _wants(trainer: Trainer) -> Iterator[Want]:
 
 
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:
-    """A resumed run may change its length, batch, schedule and logging; not what it trains on.
-
-    What is held out for validation decides which samples are for training, and their order. Files
-    may move: `_refuse_other_data` knows them by their content.
-    """
-    ours = _identity(config.model_dump(mode="json"))
-    theirs = _identity(checkpoint.manifest.config)
-    for key, now in ours.items():
-        if theirs[key] != now:
-            raise ConfigError(
-                f"{key}: {checkpoint.directory} was trained with {theirs[key]}, the config "
-                f"says {now}; set it back, or choose another run.name to start anew"
-            )
-
-
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run the same run, by key."""
-    data, validation = config["data"], config["validation"]
-    same = {f"model.{key}": value for key, value in config["model"].items() if key != "preset"}
-    same["run.seed"] = config["run"]["seed"]
-    same |= {f"train.{key}": config["train"][key] for key in ("sequence_length", "precision")}
-    same["data.mask_documents"] = data["mask_documents"]
-    same["data.mixture"] = _shares(data["mixture"])
-    same["data.phases"] = [(p["until_tokens"], _shares(p["mixture"])) for p in data["phases"]]
-    same["validation.every"] = "0" if validation["every"] == 0 else "some"
-    same["validation.sequences"] = validation["sequences"] if validation["every"] else None
-    return same
-
-
-def _shares(mixture: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    return [(source["name"], source["weight"]) for source in mixture]
+    """What never changes in a run. What needs permission `changed_keys` sees to."""
+    facts = checkpoint.manifest
+    samples, length = facts.state["samples"], facts.config["train"]["sequence_length"]
+    found = changes(facts.config, config.model_dump(mode="json"), samples)
+    never = [change for change in found if change.kind is Kind.NEVER]
+    refuse_changes(never, (), checkpoint.directory, samples * length)
 
 
 def _refuse_other_data(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> None:
@@ -238,9 +213,9 @@ def _refuse_other_data(config: Config, checkpoint: Checkpoint, dataset: Dataset)
             "and its data"
         )
     for name, now in dataset.fingerprints.items():
-        if manifest.sources.get(name) != now:
+        if manifest.sources.get(name, now) != now:  # one that is not there is a new phase's
             raise ConfigError(
                 f"data source {name!r}: its token files have changed ({now}) since "
-                f"{checkpoint.directory} was saved ({manifest.sources.get(name)}), and so would "
+                f"{checkpoint.directory} was saved ({manifest.sources[name]}), and so would "
                 "the order of samples; restore them, or choose another run.name to start anew"
             )

@@ -1,7 +1,8 @@
 """Local workers under one parent: the first failure's code is the job's, and nobody lingers.
 
 torchrun turns every failing code into 1 and lets survivors wait for their dead peer. Here the
-parent forks the workers, passes signals on, and ends all of them when one fails.
+parent forks the workers, passes signals on, and ends all of them when one fails. Where one was lost
+it may start all of them again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,10 +43,14 @@ HURRY = 1.0
 REPORT_BYTES = 8 * REPORT_LENGTH
 
 
-def supervise(count: int, work: Work) -> int:
+def supervise(
+    count: int, work: Work, again: Callable[[LostError], Work | None] = lambda error: None
+) -> int:
     """Do `work` in `count` workers; return 0, or 130 or 75 if any was stopped by a signal.
 
-    Where a worker raised something unexpected, its traceback is printed, and 1 returned.
+    Where a worker raised something unexpected, its traceback is printed, and 1 returned. Where one
+    was lost (69, or killed), `again` may give the work that new workers are to do; workers that
+    were asked to stop are not replaced.
 
     Raises:
         UserError: as the first failing worker raised it; the others were killed.
@@ -59,16 +64,25 @@ def supervise(count: int, work: Work) -> int:
         # no tensor operation and asks CUDA for nothing before the forks.
         import megallama.train.job  # noqa: F401
 
-        with Inbox() as inbox, _folder() as folder:
-            if stop.code is not None:  # nothing has run that would need saving
-                return stop.code
-            team = Team(inbox)
+        while True:
+            with Inbox() as inbox, _folder() as folder:
+                if stop.code is not None:  # nothing has run since that would need saving
+                    return stop.code
+                team = Team(inbox)
+                try:
+                    team.start(count, work, Path(folder) / "store")
+                    team.wait()
+                finally:
+                    team.kill()
             try:
-                team.start(count, work, Path(folder) / "store")
-                team.wait()
-            finally:
-                team.kill()
-        return team.outcome()
+                return team.outcome()
+            except LostError as error:
+                following = None
+                if error.exit_code == EXIT_LOST and not team.asked_to_stop:
+                    following = again(error)
+                if following is None:
+                    raise
+                work = following
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:
@@ -136,6 +150,7 @@ class Team:
         self.code = EXIT_DONE
         self.failures: list[Failure] = []
         self.interrupts = 0
+        self.asked_to_stop = False
 
     def start(self, count: int, work: Work, store: Path) -> None:
         """Fork the workers. A signal that arrives meanwhile waits in the inbox for all of them.
@@ -214,6 +229,7 @@ class Team:
     def _forward(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             if number in CODES:
+                self.asked_to_stop = True
                 self.interrupts += number == signal.SIGINT
                 for pid in self.alive:
                     os.kill(pid, number)  # not collected yet, so the id is still the worker's

@@ -205,8 +205,6 @@ OTHER_RUNS = {
     "model.tie_embeddings": False,
     "run.seed": 7,
     "train.sequence_length": 16,
-    "train.precision": "fp64",
-    "data.mask_documents": True,
     "data.tokenizer": None,
     "validation.sequences": 6,
     "validation.every": 0,

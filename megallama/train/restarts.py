@@ -1,0 +1,56 @@
+"""Whether a job that lost a rank begins again by itself, and from where."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megallama.errors import ConfigError, LostError
+from megallama.train.local_worker import Work
+
+
+class Restarts:
+    """Up to `limit` restarts in a row that save no new checkpoint in the run's `directory`.
+
+    `work_from` makes the work of an attempt from what `--resume` would say. `resume` is what it
+    says for as long as the run has no checkpoint of its own.
+    """
+
+    def __init__(
+        self, limit: int, directory: Path, work_from: Callable[[str], Work], resume: str
+    ) -> None:
+        if limit < 0:
+            raise ConfigError(f"--restarts {limit}: give 0 or more")
+        self.limit, self.folder = limit, directory / "checkpoints"
+        self.work_from, self.resume = work_from, resume
+        self.fruitless = 0
+        self._newest: str | None = None
+
+    def first(self) -> Work:
+        """The work of the first attempt. The workers may be forked after this, not before."""
+        if self.limit:
+            self._newest = self._saved()
+        return self.work_from(self.resume)
+
+    def again(self, error: LostError) -> Work | None:
+        """The work of the next attempt, or None where it is time to give up."""
+        newest = self._saved()
+        if newest != self._newest:
+            self._newest, self.fruitless = newest, 0
+        if self.fruitless == self.limit:
+            return None
+        self.fruitless += 1
+        start = f"from {newest}" if newest else "from its start"
+        print(
+            f"megallama: {error}; restart {self.fruitless} of {self.limit} {start}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return self.work_from("auto" if newest else self.resume)
+
+    def _saved(self) -> str | None:
+        from megallama.checkpoint.store import committed_checkpoints
+
+        committed = committed_checkpoints(self.folder)
+        return committed[-1].name if committed else None

@@ -50,25 +50,28 @@ $(DATA)/corpus.idx: $(DATA)/corpus.jsonl $(DATA)/tokenizer.model
 
 install: .venv/installed
 
-.venv/installed: setup.py pyproject.toml constraints.txt launch/install.sh $(wildcard csrc/* csrc/*/*)
+INSTALLED_FROM := setup.py pyproject.toml constraints.txt launch/install.sh $(wildcard csrc/* csrc/*/*)
+
+.venv/installed: $(INSTALLED_FROM)
 	launch/install.sh
 	touch $@
 
-.venv/installed-test: .venv/installed
+.venv/installed-test: $(INSTALLED_FROM)
 	launch/install.sh test
 	# Of Megatron-Core the tests use the token files alone, without the gigabytes that it needs.
 	-.venv/bin/pip install --quiet --no-deps --only-binary=:all: megatron-core==0.16.1
-	touch $@
+	touch .venv/installed $@
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Two processes share what needs one; the rest starts up to eight of its own.
+# Two processes share the tests. Those of the second line start up to eight more and often wait, so
+# files of the one kind fill the waits of the other.
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/unit tests/reference
-	.venv/bin/python -m pytest tests/dist tests/layouts tests/gpu
+	.venv/bin/python -m pytest -n 2 --dist loadfile tests/dist tests/layouts tests/gpu
 
 # N combinations of seed SEED; a failing one is printed as the command that repeats it.
 N := 200

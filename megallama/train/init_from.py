@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megallama.checkpoint.manifest import MANIFEST
 from megallama.checkpoint.store import Checkpoint, Want
+from megallama.checkpoint.weights import MASTER
 from megallama.config.changes import refuse_other_shape
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
@@ -17,7 +18,7 @@ from megallama.errors import ConfigError
 from megallama.train.agree import refuse_differences
 from megallama.train.build import Trainer
 from megallama.train.meeting import Meeting
-from megallama.train.snapshot import MASTER, find_checkpoint
+from megallama.train.snapshot import find_checkpoint
 
 
 def take_weights(

@@ -26,6 +26,7 @@ from megallama.checkpoint.store import (
     delete_checkpoint,
     write_rank,
 )
+from megallama.checkpoint.weights import MASTER
 from megallama.config.changes import Kind, changes, refuse_changes
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
@@ -36,7 +37,6 @@ from megallama.parallel.zero import Zero
 from megallama.train.build import Trainer
 from megallama.train.meeting import Meeting
 
-MASTER = "master"
 #: Bytes set aside for the header of a rank's file, more than it takes at 80 layers.
 HEADER_BYTES = 1 << 19
 

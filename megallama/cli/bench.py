@@ -1,9 +1,22 @@
-"""Time training steps of a config, on its data or on synthetic tokens."""
+"""Time training steps of a config, in one layout or several, on its data or on synthetic tokens."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megallama.config.schema import Config
+    from megallama.train.process import Process
+    from megallama.train.signals import StopSignals
+
+SECONDS_A_DAY = 86_400
+PIPE_WIDTH = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,44 +25,116 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="local workers")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them")
+    parser.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE …'",
+        help="keys of a layout, such as 'parallel.tensor=2 parallel.overlap=full'; give it again "
+        "for each layout to compare",
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="also write the figures here")
     parser.epilog = (
         "mfu counts 6·L·[(2+2K/H)·D²+3·D·F] + 6·V·D + 6·L·D·S FLOPs a token (causal attention "
-        "half), mfu_6n counts 6·parameters; both are null where the device's peak is unknown."
+        "half), mfu_6n counts 6·parameters; both are null where the device's peak is unknown. "
+        "exposed is what a rank waits for a group in a step. With --layout the JSON is "
+        "{layouts: […]}."
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures, and write them with --json."""
-    import json
-
     from megallama.config.load import load_config
     from megallama.errors import EXIT_DONE, ConfigError
     from megallama.files import refuse_os_errors
 
     if args.steps < 1 or args.warmup < 0:
         raise ConfigError(f"--steps {args.steps} --warmup {args.warmup}: at least 1 and 0")
-    from megallama.config.schema import Config
     from megallama.spec.grid import make_grid
     from megallama.train.launch import launch
-    from megallama.train.process import Process
-    from megallama.train.signals import StopSignals
 
-    def prepare(processes: int) -> Config:
-        config = load_config(args.config, args.overrides)
-        make_grid(config, processes)
-        return config
+    def prepare(processes: int) -> list[Config]:
+        configs = [
+            load_config(args.config, [*args.overrides, *_words(layout)])
+            for layout in args.layout or [""]
+        ]
+        for config in configs:
+            make_grid(config, processes)
+        return configs
 
-    def work(config: Config, process: Process, stop: StopSignals) -> int:
-        from megallama.train.bench import bench
+    def work(configs: list[Config], process: Process, stop: StopSignals) -> int:
+        from megallama.train.bench import bench_layouts
 
-        figures = bench(config, args.steps, args.warmup, process)
-        text = json.dumps(figures, indent=2)
-        if process.rank == 0:
-            print(text)
-        if process.rank == 0 and args.json:
+        figures = bench_layouts(configs, args.steps, args.warmup, process)
+        if process.rank:
+            return EXIT_DONE
+        show(configs, args.layout, figures)
+        if args.json:
+            content = {"layouts": figures} if args.layout else figures[0]
             with refuse_os_errors("write", args.json):
-                args.json.write_text(text + "\n")
+                args.json.write_text(json.dumps(content, indent=2) + "\n")
         return EXIT_DONE
 
     return launch(args.nproc, prepare, work)
+
+
+def _words(layout: str) -> list[str]:
+    """A layout's overrides. Raises ConfigError at a quote that is not closed."""
+    from megallama.errors import ConfigError
+
+    try:
+        return shlex.split(layout)
+    except ValueError as error:
+        raise ConfigError(f"--layout {layout!r}: {error}; give section.key=value words") from None
+
+
+def show(
+    configs: Sequence[Config], layouts: Sequence[str], figures: Sequence[dict[str, Any]]
+) -> None:
+    """A line a layout, then what the fastest would take for the whole run, as the LLaMA paper says
+    it (§2.4: tokens/s/GPU, the number of GPUs, days)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    titles = ("layout", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "MFU", "memory", "exposed, s")
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="right" if 0 < place < len(titles) - 1 else "left")
+    for place, row in enumerate(figures):
+        table.add_row(
+            (layouts[place] if layouts else "") or _axes(row["layout"]),
+            f"{row['step_seconds']['median']:.3g}",
+            f"{row['tokens_per_second_per_gpu']:,.0f}",
+            f"{row['tflops_per_gpu']:.3g}",
+            "–" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+            _exposed(row["exposed_seconds"]),
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH  # a file has no width: nothing is to be cut
+    console.print(table)
+    best = max(range(len(figures)), key=lambda place: figures[place]["tokens_per_second"])
+    row, config = figures[best], configs[best]
+    tokens = config.train.total_steps * row["tokens_per_step"]
+    days = tokens / row["tokens_per_second"] / SECONDS_A_DAY
+    gpus = row["tokens_per_second"] / row["tokens_per_second_per_gpu"]
+    console.print(
+        f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU on {gpus:.0f} × {row['device']}: "
+        f"{tokens:.3g} tokens take {days:,.3g} days"
+    )
+
+
+def _axes(layout: dict[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in layout.items())
+
+
+def _exposed(seconds: dict[str, float] | None) -> str:
+    """The groups that are waited for, longest first; a pipeline's links as one."""
+    if seconds is None:
+        return "–"
+    kinds: defaultdict[str, float] = defaultdict(float)
+    for group, each in seconds.items():
+        kinds[group.split()[0]] += each
+    most_first = sorted(kinds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{group} {each:.2g}" for group, each in most_first) or "none"

@@ -72,12 +72,17 @@ class Watch:
 
     def __init__(self, store: Store | None, rank: int, timeout: timedelta) -> None:
         self.rank, self.timeout = rank, timeout.total_seconds()
-        #: Seconds that the thread which computes has waited for others.
-        self.waited = 0.0
+        #: By group name, the seconds that the thread which computes has waited for others.
+        self.waits: dict[str, float] = {}
         self._store = None if store is None else PrefixStore("watch", store)
         self._asking = threading.Thread()
         self._links: list[Link] = []
         self._found: list[Wait] | None = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the thread which computes has waited for others, in all groups."""
+        return sum(self.waits.values())
 
     def over(self, link: Link) -> Vigil:
         """The waits of one group."""
@@ -151,7 +156,7 @@ class Vigil:
             if waiting is not None and (late or watch.others_gave_up()):
                 reason = f"no answer within {watch.timeout:g} s" if late else "another rank gave up"
                 raise watch.lose(link.lost(*waiting, reason), link.name, failed=late)
-        watch.waited += time.monotonic() - began
+        watch.waits[link.name] = watch.waits.get(link.name, 0.0) + time.monotonic() - began
 
     def explain(self, error: LostError) -> LostError:
         """The error to show for an operation that failed with `error`."""

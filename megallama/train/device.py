@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -69,6 +71,15 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Have `peak_memory_bytes` count from here on. Linux alone can do so on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def bf16_is_emulated(device: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,10 +168,22 @@ def test_bench_prints_what_it_writes(
     path, figures = str(config_file()), tmp_path / "figures.json"
     words = ["bench", path, "--steps", "2", "--warmup", "0", "--json", str(figures)]
     assert main(words) == 0
-    out = capsys.readouterr().out
-    assert json.loads(out) == json.loads(figures.read_text())
-    assert json.loads(out)["steps"] == 2
+    (header, line, summary) = capsys.readouterr().out.splitlines()
+    written = json.loads(figures.read_text())
+    rate = f"{written['tokens_per_second_per_gpu']:,.0f}"
+    titles = ["layout", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "MFU", "memory", "exposed, s"]
+    assert re.split("  +", header.strip()) == titles
+    assert line.startswith("tensor=1 pipeline=1 data=1 ")
+    assert rate in line
+    assert summary.startswith(f"{rate} tokens/s/GPU on 1 × ")
+    assert written["steps"] == 2
     assert not (tmp_path / "runs").exists()
+
+    two = [*words, "--layout", "train.micro_batch=1", "--layout", "train.micro_batch=2"]
+    assert main(two) == 0
+    out = capsys.readouterr().out
+    assert [line.split(" ")[0] for line in out.splitlines()[1:3]] == two[-3::2]
+    assert len(json.loads(figures.read_text())["layouts"]) == 2
 
 
 def test_doctor_says_what_there_is(capsys: Captured) -> None:

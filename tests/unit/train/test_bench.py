@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed import Store
 
 from megallama.errors import DivergedError
 from megallama.spec.flops import flops_per_token
 from megallama.spec.grid import ALONE
-from megallama.train.bench import batches, bench
+from megallama.train.bench import _of_all_ranks, batches, bench, bench_layouts
 from megallama.train.build import build_dataset, build_trainer
+from megallama.train.process import Process
 from megallama.train.tally import Tally
 from tests.conftest import MakeConfig
+from tests.dist.processes import LOCAL, run_on
 
 SYNTHETIC = {"data": None}
 
@@ -27,7 +30,8 @@ def test_the_keys_are_those_that_scripts_read(
     figures = json.loads(json.dumps(bench(config, steps=3, warmup=1), allow_nan=False))
     assert {
         *("tokens_per_second", "tokens_per_second_per_gpu", "step_seconds", "tflops_per_gpu"),
-        *("mfu", "mfu_6n", "peak_memory_bytes", "parameters", "layout", "device", "versions"),
+        *("mfu", "mfu_6n", "peak_memory_bytes", "exposed_seconds", "parameters"),
+        *("layout", "device", "versions"),
     } <= figures.keys()
     assert "memory_bytes" not in figures
     seconds = figures["step_seconds"]
@@ -35,6 +39,7 @@ def test_the_keys_are_those_that_scripts_read(
     assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
     assert figures["mfu"] is None
     assert figures["mfu_6n"] is None
+    assert figures["exposed_seconds"] == {}, "nobody to wait for"
     rate = 4 * 32 / seconds["median"]
     assert figures["tokens_per_second"] == pytest.approx(rate)
     assert figures["tokens_per_second_per_gpu"] == pytest.approx(rate)
@@ -94,3 +99,34 @@ def test_a_step_that_is_left_out_is_not_timed(
     monkeypatch.setattr(Tally, "_fault", lambda *_: "loss is nan")
     with pytest.raises(DivergedError, match="step 1 was left out"):
         bench(make_config(SYNTHETIC), steps=1, warmup=0)
+
+
+def test_layouts_are_timed_in_one_job_each_with_its_own_groups(make_config: MakeConfig) -> None:
+    base = SYNTHETIC | {"train.micro_batch": 1, "train.global_batch": 2}
+    configs = [make_config(base | {f"parallel.{axis}": 2}) for axis in ("tensor", "pipeline")]
+
+    def body(rank: int, store: Store) -> list[dict[str, Any]]:
+        return bench_layouts(configs, 2, 0, Process(rank, 2, rank, 2, store, LOCAL))
+
+    first, second = run_on(2, body)
+    assert [row["layout"]["tensor"] for row in first] == [2, 1]
+    assert [row["layout"]["pipeline"] for row in first] == [1, 2]
+    tensor, pipeline = (row["exposed_seconds"] for row in first)
+    assert tensor.keys() == {"tensor", "world"}
+    assert pipeline.keys() == {"pipeline 0>1", "pipeline 1>0", "tied", "world"}
+    assert all(seconds >= 0 for row in (tensor, pipeline) for seconds in row.values())
+    for mine, other in zip(first, second, strict=True):
+        assert mine["exposed_seconds"] == other["exposed_seconds"], "one figure for all ranks"
+
+
+def test_a_wait_is_the_mean_over_ranks_and_memory_the_largest() -> None:
+    ranks = [
+        {"memory": 5, "exposed": {"tensor": 3.0, "data": 1.0}},
+        {"memory": 7, "exposed": {"tensor": 1.0}},
+    ]
+    assert json.loads(_of_all_ranks([json.dumps(rank) for rank in ranks])) == {
+        "memory": 7,
+        "exposed": {"tensor": 2.0, "data": 0.5},
+    }
+    on_nccl = json.dumps({"memory": 1, "exposed": None})
+    assert json.loads(_of_all_ranks([on_nccl, on_nccl]))["exposed"] is None

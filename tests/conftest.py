@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ class TinyData:
 
     tokenizer: Path
     prefixes: dict[str, Path]
+
+
+def pytest_configure() -> None:
+    """Processes that tests start do not interrupt each other when a message wakes them.
+
+    A rank that is interrupted while it holds a gloo connection's lock leaves gloo's own thread
+    asking for the lock until it runs again: 45% of the processor time of two ranks on busy cores.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @pytest.fixture(scope="session", autouse=True)

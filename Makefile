@@ -59,7 +59,7 @@ INSTALLED_FROM := setup.py pyproject.toml constraints.txt launch/install.sh $(wi
 .venv/installed-test: $(INSTALLED_FROM)
 	launch/install.sh test
 	# Of Megatron-Core the tests use the token files alone, without the gigabytes that it needs.
-	-.venv/bin/pip install --quiet --no-deps --only-binary=:all: megatron-core==0.16.1
+	-.venv/bin/pip install --quiet --no-compile --no-deps --only-binary=:all: megatron-core==0.16.1
 	touch .venv/installed $@
 
 lint: .venv/installed-test

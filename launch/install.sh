@@ -18,25 +18,28 @@ command -v c++ >/dev/null || echo "install: no C++ compiler; apt install g++ (op
 
 # An interrupted `venv` leaves a folder without pip.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
+# What is imported is compiled then: of the files that come, that is a small part.
+install() {
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "$@"
+}
 
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 install_torch() {
     if command -v nvidia-smi >/dev/null || [ "$(uname -s)" != Linux ]; then
-        pip install "torch==$torch" -c constraints.txt
+        install "torch==$torch" -c constraints.txt
         return
     fi
     # Linux wheels of plain `torch` bring gigabytes of CUDA; the CPU build has a version suffix,
     # or an index of its own that uv knows by name.
-    pip install "torch==$torch+cpu" 2>/dev/null && return
-    pip install uv &&
+    install "torch==$torch+cpu" 2>/dev/null && return
+    install uv &&
         .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend cpu \
             "torch==$torch" 2>/dev/null && return
     echo "install: no CPU build of torch found; installing the CUDA build (several GB)" >&2
-    pip install "torch==$torch"
+    install "torch==$torch"
 }
 .venv/bin/python -c 'import importlib.metadata as m, sys
 sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' "$torch" 2>/dev/null || install_torch
-pip install -c constraints.txt -e ".$extras"
+install -c constraints.txt -e ".$extras"
 .venv/bin/python -c 'import megallama.kernels._native' 2>/dev/null ||
     echo "install: built no kernels (csrc/); their PyTorch references run instead" >&2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,8 +61,9 @@ def _half_a_key(trainer: Trainer) -> None:
 
 
 def _early(trainer: Trainer) -> None:
-    """Gradients are reduced when the first micro-batch's have landed."""
+    """Gradients are reduced when the first micro-batch's have landed, and before the next's do."""
     zero, state = trainer.zero, trainer.model.state
+    _around(zero.groups.data, "reduce_scatter_rows", lambda f, *given: Done(f(*given).wait()))
     _around(zero, "expect", lambda expect, micro_batches: expect(1))
 
     def once(landed: Any, name: str) -> None:
@@ -73,14 +74,20 @@ def _early(trainer: Trainer) -> None:
 
 
 def _not_waited_for(trainer: Trainer) -> None:
-    """Reduced gradients are read without waiting for them, and come late."""
-    worker = trainer.zero.groups.data._worker
+    """Reduced gradients are read without waiting for them, and come after the update."""
+    worker, updated = trainer.zero.groups.data._worker, threading.Event()
 
     def hold_up(expect: Any, micro_batches: int) -> None:
-        worker.submit(lambda: time.sleep(0.5), 0)
+        updated.clear()
+        worker.submit(updated.wait, 0)
         expect(micro_batches)
 
+    def update(step: Any, lr: float, divisor: Tensor) -> None:
+        step(lr, divisor)
+        updated.set()
+
     _around(trainer.zero, "expect", hold_up)
+    _around(trainer.optimizer, "step", update)
     _around(trainer.zero, "finish_gradients", lambda f: (trainer.zero._reducing.clear(), f()))
 
 

@@ -17,8 +17,10 @@ from tests.layouts.fuzz import draw
 from tests.layouts.problem import batch, problem_of, share_of, solve
 from tests.reference import IGNORED, plain
 
+DEFAULT, FULL = default_table(), full_table()
 
-@pytest.mark.parametrize("table", [default_table(), full_table()], ids=["default", "all"])
+
+@pytest.mark.parametrize("table", [DEFAULT, FULL], ids=["default", "all"])
 def test_a_table_covers_what_it_says(table):
     assert table.pairs[0] == table.pairs[1]
     assert [case.faults() for case in table.cases if case.faults()] == []
@@ -43,11 +45,9 @@ def test_a_table_covers_what_it_says(table):
 
 
 def test_the_full_table_covers_every_layout_with_every_schedule_and_overlap():
-    assert all(covered == wanted for covered, wanted in full_table().combined.values())
+    assert all(covered == wanted for covered, wanted in FULL.combined.values())
     pipelines, one_stage = 10, 10  # the ways to write 2, 4 and 8 with and 1 to 8 without stages
-    assert full_table().combined["layout × schedule × overlap"][1] == 3 * (
-        8 * pipelines + one_stage
-    )
+    assert FULL.combined["layout × schedule × overlap"][1] == 3 * (8 * pipelines + one_stage)
 
 
 @pytest.mark.parametrize("cases, stages", [(BITWISE, (2,)), (ALL_BITWISE, (2, 4, 8))])
@@ -70,7 +70,7 @@ def test_a_twin_is_the_same_problem_in_one_process():
 
 
 def test_tables_and_fuzz_are_the_same_every_time():
-    assert full_table() == full_table()
+    assert (default_table(), full_table()) == (DEFAULT, FULL)
     cases = [draw(1, number) for number in range(60)]
     assert cases == [draw(1, number) for number in range(60)]
     assert len(set(cases)) == 60

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import islice
 from unittest import mock
 
 import numpy as np
@@ -156,9 +157,9 @@ def _documents(generator: np.random.Generator, length: int) -> list[int]:
 def solve(problem: Problem) -> Reference:
     """The reference's three steps."""
     initial = initial_weights(problem.shape, problem.seed)
-    free = take_steps(problem, initial, None)
-    norms = [step.numbers["gradient norm"] for step in free if step.valid_tokens]
-    grad_clip = (norms[0] + norms[1]) / 2  # the smaller of the two is left whole, the other cut
+    free = (step for step in take_steps(problem, initial, None) if step.valid_tokens)
+    # The smaller of the first two is left whole, the other cut.
+    grad_clip = sum(step.numbers["gradient norm"] for step in islice(free, 2)) / 2
     return Reference(initial, grad_clip, list(take_steps(problem, initial, grad_clip)))
 
 

@@ -91,11 +91,15 @@ def faults_of(case: Case, outcome: Outcome) -> list[str]:
     return compare(case, solve(problem_of(case)), outcome.results)
 
 
-def run_once(pool: Pool, case: Case) -> Runs:
-    """What every rank came to. Raises AssertionError where one failed."""
-    outcome = pool.run(task_of(case))
-    assert outcome.error is None, outcome.error
-    return outcome.results
+def run_each(pool: Pool, cases: Sequence[Case]) -> list[Runs]:
+    """What the ranks of each case came to; cases run side by side where they fit.
+
+    Raises AssertionError where one failed.
+    """
+    outcomes = dict(pool.run_all(map(task_of, cases)))
+    errors = [outcome.error for outcome in outcomes.values() if outcome.error is not None]
+    assert not errors, errors[0]
+    return [outcomes[number].results for number in range(len(cases))]
 
 
 def summary(reports: Sequence[Report]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,7 +17,7 @@ from tests.layouts.case import LR, STEPS, Case
 from tests.layouts.compare import identical
 from tests.layouts.pool import Seat, Task
 from tests.layouts.problem import batch, initial_weights, problem_of, share_of, solve
-from tests.layouts.runs import run_once
+from tests.layouts.runs import run_each
 from tests.layouts.walks import build
 
 CLIPPED = [
@@ -34,7 +34,7 @@ CLIPPED = [
 
 @pytest.mark.parametrize("case", CLIPPED, ids=str)
 def test_an_early_update_changes_no_bit(pool, case):
-    late, early = (run_once(pool, replace(case, early=early)) for early in (False, True))
+    late, early = run_each(pool, [replace(case, early=early) for early in (False, True)])
     assert list(identical(late, early)) == []
 
 
@@ -50,8 +50,8 @@ class Step:
     weights: bytes
 
 
-def steps(seat: Seat, case: Case, grad_clip: float, poison: float | None) -> list[Step]:
-    """Three steps; in the second, `poison` is added to a gradient of the last stage."""
+def steps(seat: Seat, case: Case, grad_clip: float, poisons: Sequence[float]) -> list[Step]:
+    """A step for each of `poisons`, which is added to a gradient of the last stage; 0 is not."""
     trainer = build(seat, case, grad_clip)
     try:
         problem, back = problem_of(case), []
@@ -60,8 +60,8 @@ def steps(seat: Seat, case: Case, grad_clip: float, poison: float | None) -> lis
             take_back = trainer.step.early.take_back
             trainer.step.early.take_back = lambda: (back.append(1), take_back())
         found = []
-        for number in range(STEPS):
-            if number == 1 and poison is not None:
+        for number, poison in enumerate(poisons):
+            if poison:
                 _poison(trainer, f"layers.{case.layers - 1}.w2", poison)
             share = share_of(batch(problem, number), trainer.place.along("data"), case.data)
             fault = trainer.step.run(share, LR).fault
@@ -101,8 +101,8 @@ def _digest(tensors: Iterable[Tensor]) -> bytes:
     return hashlib.blake2b(b"".join(parts)).digest()
 
 
-def run(pool, case: Case, grad_clip: float, poison: float | None = None) -> list[list[Step]]:
-    outcome = pool.run(Task(case.ranks, steps, (case, grad_clip, poison)))
+def run(pool, case: Case, grad_clip: float, poisons: Sequence[float]) -> list[list[Step]]:
+    outcome = pool.run(Task(case.ranks, steps, (case, grad_clip, poisons)))
     assert outcome.error is None, outcome.error
     return outcome.results
 
@@ -117,18 +117,19 @@ POISONED = [
 ]
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("case", POISONED, ids=str)
-def test_a_gradient_that_is_not_finite_is_taken_back_on_every_stage(pool, case, poison):
+def test_a_gradient_that_is_not_finite_is_taken_back_on_every_stage(pool, case):
     """To the bits from before the step, weights that were gathered again included."""
-    ranks = run(pool, case, 1e9, poison)
-    plain = run(pool, replace(case, early=False), 1e9, poison)
-    for before, poisoned, after in ranks:
+    poisons = (0.0, math.nan, math.inf, -math.inf, 0.0)
+    ranks = run(pool, case, 1e9, poisons)
+    plain = run(pool, replace(case, early=False), 1e9, poisons)
+    for before, *poisoned, after in ranks:
         wanted = f"the gradient of layers.{case.layers - 1}.w2 is not finite"
-        assert [s.fault for s in (before, poisoned, after)] == [None, wanted, None]
-        assert [s.taken_back for s in (before, poisoned, after)] == [0, 1, 0]
-        assert [s.updates for s in (before, poisoned, after)] == [1, 1, 2]
-        assert (poisoned.state, poisoned.weights) == (before.state, before.weights)
+        assert [s.fault for s in (before, *poisoned, after)] == [None, *[wanted] * 3, None]
+        assert [s.taken_back for s in (before, *poisoned, after)] == [0, 1, 1, 1, 0]
+        assert [s.updates for s in (before, *poisoned, after)] == [1, 1, 1, 1, 2]
+        for step in poisoned:
+            assert (step.state, step.weights) == (before.state, before.weights)
         assert after.state != before.state
     assert [[replace(s, taken_back=0) for s in rank] for rank in ranks] == plain
 
@@ -138,6 +139,6 @@ def test_an_update_that_is_clipped_is_taken_back_and_others_are_kept(pool):
     reference = solve(problem_of(case))
     clipped = [s.numbers["gradient norm"] > reference.grad_clip for s in reference.steps]
     assert {True, False} <= set(clipped[:2])
-    for rank in run(pool, case, reference.grad_clip):
+    for rank in run(pool, case, reference.grad_clip, (0.0,) * STEPS):
         assert [step.taken_back for step in rank] == [int(cut) for cut in clipped]
         assert [step.updates for step in rank] == [1, 2, 3]

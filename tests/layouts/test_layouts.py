@@ -9,13 +9,21 @@ import pytest
 from torch import Tensor
 
 from tests.layouts.case import Case
-from tests.layouts.compare import Faults, Piece, RankStep, assemble, identical, same_as_alone
+from tests.layouts.compare import (
+    Faults,
+    Piece,
+    RankStep,
+    assemble,
+    compare,
+    identical,
+    same_as_alone,
+)
 from tests.layouts.covering import default_table
 from tests.layouts.planted import PLANTED
 from tests.layouts.pool import Pool
 from tests.layouts.problem import problem_of, solve
 from tests.layouts.rounding import steady
-from tests.layouts.runs import Report, run_cases, run_once
+from tests.layouts.runs import Report, run_cases, run_each
 
 CASES = default_table().cases
 
@@ -33,13 +41,19 @@ def test_a_layout_is_the_reference(reports, case):
     assert not report.faults, str(report)
 
 
+@pytest.fixture(scope="module")
+def clean(pool: Pool) -> dict[Case, Report]:
+    """The cases of planted faults without them."""
+    cases = dict.fromkeys(Case.parse(fault.case) for fault in PLANTED.values())
+    return {report.case: report for report in run_cases(pool, cases)}
+
+
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_planted_fault_is_found(pool, planted):
+def test_a_planted_fault_is_found(pool, clean, planted):
     case = Case.parse(PLANTED[planted].case)
-    report, *_ = run_cases(pool, [case], planted)
+    (report,) = run_cases(pool, [case], planted)
     assert any(PLANTED[planted].found in fault for fault in report.faults), str(report)
-    (report,) = run_cases(pool, [case])
-    assert not report.faults, str(report)
+    assert not clean[case].faults, str(clean[case])
 
 
 OVERLAPPED = [
@@ -59,7 +73,7 @@ OVERLAPPED = [
 
 @pytest.mark.parametrize("case", OVERLAPPED, ids=str)
 def test_overlap_in_the_backward_changes_no_bit(pool, case):
-    none, backward = (run_once(pool, replace(case, overlap=o)) for o in ("none", "backward"))
+    none, backward = run_each(pool, [replace(case, overlap=o) for o in ("none", "backward")])
     assert list(identical(none, backward)) == []
 
 
@@ -80,7 +94,7 @@ REPEATED = [
 
 @pytest.mark.parametrize("case", REPEATED, ids=str)
 def test_the_same_run_gives_the_same_bits(pool, case):
-    assert list(identical(run_once(pool, case), run_once(pool, case))) == []
+    assert list(identical(*run_each(pool, [case, case]))) == []
 
 
 PIPELINES = [
@@ -98,8 +112,9 @@ PIPELINES = [
 def test_a_pipeline_changes_no_bit_beside_other_ranks_either(pool, case):
     flat = replace(case, pipeline=1, schedule="1f1b", virtual=1)
     shapes = solve(problem_of(case)).initial
-    whole = [joined(ranks, shapes) for ranks in zip(*run_once(pool, flat), strict=True)]
-    assert list(same_as_alone(run_once(pool, case), whole)) == []
+    flat_runs, runs = run_each(pool, [flat, case])
+    whole = [joined(ranks, shapes) for ranks in zip(*flat_runs, strict=True)]
+    assert list(same_as_alone(runs, whole)) == []
 
 
 def joined(ranks: Sequence[RankStep], shapes: Mapping[str, Tensor]) -> RankStep:
@@ -118,6 +133,6 @@ def joined(ranks: Sequence[RankStep], shapes: Mapping[str, Tensor]) -> RankStep:
 
 def test_a_bf16_wire_rounds_gradients_and_no_more(pool):
     case = Case(tensor=2, data=4, micro_batches=2, wire="bf16")
-    (report,) = run_cases(pool, [case])
-    assert not report.faults, str(report)
-    assert list(identical(run_once(pool, case), run_once(pool, replace(case, wire="fp32"))))
+    rounded, exact = run_each(pool, [case, replace(case, wire="fp32")])
+    assert compare(case, solve(problem_of(case)), rounded) == []
+    assert list(identical(rounded, exact))

@@ -33,8 +33,9 @@ TIMES = st.one_of(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_small_schedules_are_what_is_published(name: str) -> None:
+    """With every remainder of m by p, and past 2p, where the steady state has begun."""
     for p in range(1, 9):
-        for m in range(1, 25):
+        for m in (*range(1, 2 * p + 4), 24):
             for v in virtual_stages(name, 4):
                 check(name, p, m, v)
 
@@ -51,8 +52,8 @@ def larger(seed: int, count: int) -> list[tuple[str, int, int, int]]:
     return found
 
 
-def test_three_hundred_larger_schedules_too() -> None:
-    for name, p, m, v in larger(seed=4, count=300):
+def test_a_hundred_larger_schedules_too() -> None:
+    for name, p, m, v in larger(seed=4, count=100):
         check(name, p, m, v)
 
 

@@ -27,7 +27,7 @@ LOCAL = "127.0.0.1"
 
 
 def run_on(
-    size: int, body: Body[T], time_limit: float = 30.0, dies: Collection[int] = ()
+    size: int, body: Body[T], time_limit: float = 120.0, dies: Collection[int] = ()
 ) -> list[T]:
     """`body(rank, store)` in `size` forked processes: their results in rank order.
 
@@ -61,7 +61,7 @@ def _work(rank: int, body: Body[T], end: Connection, path: str) -> None:
     result, error, trace = None, None, ""
     try:
         store = FileStore(path)
-        store.set_timeout(timedelta(seconds=20))
+        store.set_timeout(timedelta(seconds=60))
         result = body(rank, store)
     except BaseException as caught:
         error, trace = caught, traceback.format_exc()

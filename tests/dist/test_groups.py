@@ -30,7 +30,7 @@ from tests.dist.processes import LOCAL, run_on
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-SOON, LATE = timedelta(seconds=1.5), timedelta(seconds=20)
+SOON, LATE = timedelta(seconds=1.5), timedelta(seconds=60)
 
 
 def join(
@@ -41,16 +41,19 @@ def join(
     timeout: timedelta = LATE,
     names: tuple[str, ...] = ("all",),
 ) -> Groups:
-    """Groups of all ranks."""
+    """Groups of all ranks; `timeout` is the operations', not that of a slow start."""
     members = {name: range(size) for name in names}
-    return connect(store, rank, members, CPU, strict=strict, timeout=timeout, hostname=LOCAL)
+    groups = connect(store, rank, members, CPU, strict=strict, timeout=LATE, hostname=LOCAL)
+    assert groups.watch is not None
+    groups.watch.timeout = timeout.total_seconds()
+    return groups
 
 
 def meet(store: Store, size: int, place: str) -> None:
     """Wait until `size` processes have come to `place`."""
     if store.add(place, 1) == size:
         store.set(f"{place}: all", "here")
-    store.wait([f"{place}: all"], timedelta(seconds=10))
+    store.wait([f"{place}: all"], LATE)
 
 
 def operand(rank: int, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -307,7 +310,7 @@ def test_an_operation_runs_while_its_thread_works_on():
         group = join(rank, store, 2)["all"]
         handle = group.all_gather(torch.tensor([rank]))
         if rank == 0:
-            store.wait(["seen"], timedelta(seconds=10))
+            store.wait(["seen"], LATE)
         assert handle.wait().tolist() == [0, 1]
         if rank == 1:
             store.set("seen", "yes")
@@ -419,7 +422,6 @@ def test_a_killed_peer_is_a_lost_error_on_the_others(strict):
 
 def test_a_peer_that_does_not_answer_is_a_lost_error():
     def body(rank: int, store: Store) -> BaseException | None:
-        meet(store, 2, "start")
         group = join(rank, store, 2, timeout=SOON)["all"]
         found = None
         if rank == 0:
@@ -436,19 +438,19 @@ def test_operations_may_take_longer_than_the_timeout_while_nobody_waits():
     """A receive is posted early, and a send whose receive comes late: neither peer is lost."""
 
     def body(rank: int, store: Store) -> None:
-        meet(store, 2, "start")
         groups = join(rank, store, 2, timeout=SOON, names=("early", "late"))
         if rank == 0:
             early = groups["early"].receive(torch.zeros(1), 1)
             late = groups["late"].send(torch.ones(1), 1)
-            store.wait(["long after"], timedelta(seconds=20))
+            store.wait(["long after"], LATE)
         else:
             time.sleep(SOON.total_seconds() + 0.5)
-            store.set("long after", "")
             early = groups["early"].send(torch.ones(1), 0)
             late = groups["late"].receive(torch.zeros(1), 0)
+            store.set("long after", "")  # nobody waits before both have posted both
         early.wait()
         late.wait()
+        groups.watch.timeout = LATE.total_seconds()
         assert groups["early"].all_reduce(torch.ones(1)).wait() == 2
         meet(store, 2, "end")
 
@@ -457,7 +459,10 @@ def test_operations_may_take_longer_than_the_timeout_while_nobody_waits():
 
 def test_a_peer_that_never_comes_is_a_lost_error():
     def body(rank: int, store: Store) -> BaseException | None:
-        return outcome(partial(join, rank, store, 2, timeout=SOON))
+        members = {"all": range(2)}
+        return outcome(
+            partial(connect, store, rank, members, CPU, timeout=SOON, hostname=LOCAL)
+        )
 
     error = run_on(1, body)[0]
     assert isinstance(error, LostError)
@@ -509,7 +514,7 @@ def test_an_interpreter_ends_with_operations_under_way(tmp_path):
         )
         for rank in range(2)
     ]
-    ends = [worker.communicate(timeout=60)[1] for worker in workers]
+    ends = [worker.communicate(timeout=240)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], ends
 
 
@@ -542,7 +547,6 @@ def differing(
     """The errors of every rank when each issues what `ask` does and waits for all of it."""
 
     def body(rank: int, store: Store) -> BaseException | None:
-        meet(store, size, "start")  # the short timeout is the operations', not a slow start's
         group = join(rank, store, size, strict=True, timeout=timeout)["all"]
         found = None
         for handle in ask(group):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-LIMIT = 60.0
+LIMIT = 240.0  # it ends hangs only: torch alone takes long to import on a busy machine
 
 SCRIPT = r"""
 import argparse, sys, time

@@ -15,7 +15,7 @@ from tests.dist.processes import LOCAL, run_on
 
 def test_the_calls_do_what_the_group_promises():
     def body(rank: int, store: Store) -> None:
-        backend = gloo_backend(store, rank, 2, timedelta(seconds=20), LOCAL)
+        backend = gloo_backend(store, rank, 2, timedelta(seconds=60), LOCAL)
         group = NcclGroup(backend, "all", rank, 2, Traffic())
         mine = torch.arange(8.0).view(4, 2) + rank  # the sum is 2·arange + 1
         total = 2 * torch.arange(8.0).view(4, 2) + 1
@@ -55,7 +55,7 @@ def test_the_calls_do_what_the_group_promises():
 
 def test_a_wire_dtype_rounds_every_part_once_and_adds_in_fp32():
     def body(rank: int, store: Store) -> None:
-        backend = gloo_backend(store, rank, 3, timedelta(seconds=20), LOCAL)
+        backend = gloo_backend(store, rank, 3, timedelta(seconds=60), LOCAL)
         group = NcclGroup(backend, "all", rank, 3, Traffic())
         coarse = torch.full((3,), (256 if rank == 0 else 1) * (1 + 2.0**-10))
         group.reduce_scatter_rows([coarse], torch.bfloat16).wait()

@@ -234,7 +234,7 @@ def test_torchrun_starts_the_same_command(bench: Bench) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(bench.run(name)) == losses(bench.run("tensor"))

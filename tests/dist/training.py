@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
 from megallama.checkpoint.store import Checkpoint, committed_checkpoints
 from megallama.train.metrics import Row, read_metrics
-from tests.dist.commands import Command, Ended, last_step
+from tests.dist.commands import LIMIT, Command, Ended, last_step
 
 #: Layout → the words that ask for it.
 LAYOUTS = {
@@ -146,9 +147,10 @@ class Bench:
                 while waiting and len(started) < 4:
                     name, its_words = waiting.pop(0)
                     started[name] = self.start("go", name, *its_words)
-                name = next(iter(started))
-                self.ended[f"{name}, to the end"] = started[name].end()
-                del started[name]
+                wait([command.process.sentinel for command in started.values()], LIMIT)
+                done = [name for name in started if not started[name].running]
+                for name in done or list(started):
+                    self.ended[f"{name}, to the end"] = started.pop(name).end()
         finally:
             for command in started.values():
                 command.kill()

@@ -6,6 +6,7 @@ from array import array
 from itertools import product
 
 import numpy as np
+import numpy.typing as npt
 
 
 class Tiling:
@@ -22,6 +23,10 @@ class Tiling:
         """A rectangle that begins at `start`."""
         self._edges.extend(start)
         self._edges.extend(size)
+
+    def add_all(self, boxes: npt.NDArray[np.int64]) -> None:
+        """N rectangles: (N, 2 · dimensions), where each begins and then its size."""
+        self._edges.frombytes(np.ascontiguousarray(boxes).tobytes())
 
     def fault(self) -> str:
         """What is wrong with it; empty where nothing is.

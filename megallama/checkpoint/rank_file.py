@@ -116,8 +116,8 @@ def write_rank_file(path: Path, rectangles: Sequence[Rectangle], disk: Disk) -> 
     return RankFile(path.name, size, len(header), xxhash.xxh3_128_hexdigest(header))
 
 
-def read_table(descriptor: int, file: RankFile, disk: Disk) -> Table:
-    """A file's header, verified.
+def read_header(descriptor: int, file: RankFile, disk: Disk) -> bytearray:
+    """The bytes of a file's header, verified.
 
     Raises:
         ValueError: the file's size or header is not what the manifest says.
@@ -130,7 +130,12 @@ def read_table(descriptor: int, file: RankFile, disk: Disk) -> Table:
         raise ValueError("cut")
     if xxhash.xxh3_128_hexdigest(raw) != file.xxh3:
         raise ValueError("header")
-    return Table(raw)
+    return raw
+
+
+def read_table(descriptor: int, file: RankFile, disk: Disk) -> Table:
+    """What a file holds, by its verified header. Raises as `read_header`."""
+    return Table(read_header(descriptor, file, disk))
 
 
 def _header(rectangles: Sequence[Rectangle]) -> bytes:

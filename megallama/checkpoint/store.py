@@ -1,49 +1,27 @@
-"""Save and load a checkpoint directory, and find the ones that a run has.
+"""Save a checkpoint directory, and find and delete the ones that a run has; `reader` loads them.
 
 Tensors go to safetensors files, one a rank, under `kind/name` (`master/norm.weight`); no pickle is
-written or read. Every byte that is loaded is checked against its hash first.
+written or read.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-import xxhash
-from torch import Tensor
-
-from megallama.checkpoint.coverage import Tiling
-from megallama.checkpoint.manifest import (
-    MANIFEST,
-    Entry,
-    Manifest,
-    RankFile,
-    Slice,
-    holds,
-    read_manifest,
-    unreadable,
-    write_manifest,
-)
-from megallama.checkpoint.rank_file import (
-    DTYPES,
-    Held,
-    Table,
-    read_table,
-    write_rank_file,
-)
+from megallama.checkpoint.claims import join, pack, unpack
+from megallama.checkpoint.manifest import MANIFEST, Manifest, holds, read_manifest, write_manifest
 from megallama.checkpoint.rank_file import Rectangle as Rectangle  # part of this face
+from megallama.checkpoint.rank_file import write_rank_file
+from megallama.checkpoint.reader import DISK as DISK
+from megallama.checkpoint.reader import Checkpoint as Checkpoint
+from megallama.checkpoint.reader import Want as Want
+from megallama.checkpoint.reader import check_header, opened, read_slice, refuse_gaps
 from megallama.errors import ConfigError, CorruptError
 from megallama.files import Disk, refuse_os_errors
-
-DISK = Disk()  # it has no state
-
-Region = tuple[slice, ...]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -91,12 +69,12 @@ def write_rank(
     path = directory / f"rank-{rank:05d}.safetensors"
     with refuse_os_errors("write", path):
         file = write_rank_file(path, rectangles, disk)
-    with _opened(path, file, disk) as (descriptor, table):
+    with opened(path, file, disk) as (descriptor, table):
         disk.forget(descriptor)
         for name in table:
             for piece in table[name].slices(path.name):
-                _read(path, name, piece, descriptor, disk)
-    return json.dumps(asdict(file))
+                read_slice(path, name, piece, descriptor, disk)
+    return pack(file, table)
 
 
 def commit_checkpoint(
@@ -111,26 +89,14 @@ def commit_checkpoint(
         CorruptError: the files are not as written, or do not hold every element of their tensors
             once.
     """
-    files = [RankFile(**json.loads(text)) for text in ranks if text]
-    tensors: dict[str, Entry] = {}
-    tilings: dict[str, Tiling] = {}
-    held_by: list[set[str]] = []
-    for file in files:
-        path = directory / file.name
-        with _opened(path, file, disk) as (_, table):
-            held_by.append(set(table))
-        for name in table:
-            held = table[name]
-            entry = Entry(held.dtype, held.whole)
-            if tensors.setdefault(name, entry) != entry:
-                raise CorruptError(f"{path}: tensor {name!r} is {entry}, not {tensors[name]}")
-            tilings.setdefault(name, Tiling(held.whole)).add(held.start, held.shape)
-    _refuse_gaps(directory, tilings)
-    listed = tuple(
-        replace(file, holds=holds(tensors, names))
-        for file, names in zip(files, held_by, strict=True)
-    )
-    manifest = replace(facts, tensors=tensors, files=listed)
+    claims = [unpack(text) for text in ranks if text]
+    for claim in claims:
+        check_header(directory / claim.file.name, claim.file, disk)
+    tensors, tilings, names = join(directory, claims)
+    refuse_gaps(directory, tilings)
+    held = {text: holds(tensors, set(listed)) for text, listed in names.items()}
+    files = tuple(replace(claim.file, holds=held[claim.tensors]) for claim in claims)
+    manifest = replace(facts, tensors=tensors, files=files)
     with refuse_os_errors("write", directory / MANIFEST):
         disk.sync_names(directory)
         write_manifest(directory, manifest, disk)
@@ -181,181 +147,6 @@ def delete_checkpoint(directory: Path, disk: Disk = DISK) -> None:
     disk.sync_names(directory.parent)
 
 
-@dataclass(frozen=True)
-class Want:
-    """A region of a global tensor, and the tensor of its shape that it is to be read into."""
-
-    name: str
-    region: Region
-    target: Tensor
-
-
-class Checkpoint:
-    """A finished checkpoint, opened for reading.
-
-    Raises:
-        ConfigError: there is no such directory, or its format is of another version.
-        CorruptError: the manifest is missing or damaged.
-    """
-
-    def __init__(self, directory: Path, disk: Disk = DISK) -> None:
-        if not directory.is_dir():
-            raise ConfigError(f"{directory}: no such checkpoint directory; check the path")
-        self.directory = directory
-        self._disk = disk
-        manifest = read_manifest(directory, disk)
-        entries = {
-            name: replace(entry, find=partial(self._slices, name))
-            for name, entry in manifest.tensors.items()
-        }
-        self.manifest = replace(manifest, tensors=entries)
-        self._numbers = {name: number for number, name in enumerate(entries)}
-        self._tables: dict[str, Table] = {}
-
-    def read(self, name: str, region: Region | None = None) -> Tensor:
-        """A rectangle of the global tensor, or all of it, verified.
-
-        Raises:
-            CorruptError: it is not all there, or a slice's bytes do not match their hash.
-        """
-        entry = self._entry(name)
-        region = region or tuple(slice(0, n) for n in entry.shape)
-        target = torch.empty([r.stop - r.start for r in region], dtype=DTYPES[entry.dtype])
-        self._fill([Want(name, region, target)], self._files(0), keep_tables=True)
-        return target
-
-    def fill(self, wants: Iterable[Want], near: int = 0) -> None:
-        """Read many regions, file by file, each block verified before it is copied to its target.
-
-        Files of ranks near `near` come first, and none is opened once all is there: a rank that
-        resumes in its own layout opens its own. What is held meanwhile is one file's table and one
-        block.
-
-        Raises:
-            CorruptError: as `read`; targets may have been written to.
-        """
-        self._fill(list(wants), self._files(near), keep_tables=False)
-
-    def _slices(self, name: str) -> list[Slice]:
-        number = self._number(name)
-        return [
-            piece
-            for file in self.manifest.files
-            if file.may_hold(number)
-            for piece in self._table(file)[name].slices(file.name)
-        ]
-
-    def verify(self) -> None:
-        """Read everything once; raises CorruptError at the first damage."""
-        tilings = {name: Tiling(entry.shape) for name, entry in self.manifest.tensors.items()}
-        for file in self.manifest.files:
-            path = self.directory / file.name
-            with _opened(path, file, self._disk) as (descriptor, table):
-                for name in table:
-                    held = table[name]
-                    tilings[name].add(held.start, held.shape)
-                    for piece in held.slices(file.name):
-                        _read(path, name, piece, descriptor, self._disk)
-        _refuse_gaps(self.directory, tilings)
-
-    def _number(self, name: str) -> int:
-        self._entry(name)
-        return self._numbers[name]
-
-    def _entry(self, name: str) -> Entry:
-        entry = self.manifest.tensors.get(name)
-        if entry is None:
-            raise CorruptError(f"{self.directory}: holds no tensor {name!r}; use another")
-        return entry
-
-    def _files(self, near: int) -> list[RankFile]:
-        def distance(file: RankFile) -> int:
-            return abs(int(file.name[5:].partition(".")[0]) - near)
-
-        return sorted(self.manifest.files, key=distance)
-
-    def _table(self, file: RankFile) -> Table:
-        if file.name not in self._tables:
-            with _opened(self.directory / file.name, file, self._disk) as (_, table):
-                self._tables[file.name] = table
-        return self._tables[file.name]
-
-    def _fill(self, wants: list[Want], files: Sequence[RankFile], *, keep_tables: bool) -> None:
-        """`keep_tables`: for who comes back for another tensor."""
-        open_wants: dict[str, list[Want]] = {}
-        for want in wants:
-            open_wants.setdefault(want.name, []).append(want)
-        numbers = {name: self._number(name) for name in open_wants}
-        missing = {name: sum(w.target.numel() for w in ws) for name, ws in open_wants.items()}
-        for file in files:
-            mask = int(file.holds, 16)
-            names = [name for name, count in missing.items() if count and mask >> numbers[name] & 1]
-            if not names:
-                continue
-            path = self.directory / file.name
-            known = self._tables.get(file.name)
-            with _opened(path, file, self._disk, known) as (descriptor, table):
-                if keep_tables:
-                    self._tables[file.name] = table
-                for name in names:
-                    held = table[name]
-                    for want in open_wants[name]:
-                        missing[name] -= self._copy(path, held, want, descriptor)
-        for name, count in missing.items():
-            if count:
-                raise CorruptError(
-                    f"{self.directory}: {count} elements of tensor {name!r} are in no file; use an "
-                    "older checkpoint"
-                )
-
-    def _copy(self, path: Path, held: Held, want: Want, descriptor: int) -> int:
-        """Copy what a file has of a region; the number of elements."""
-        copied = 0
-        for piece in held.slices(path.name):
-            target, source = _overlap(want.region, piece)
-            if all(s.start < s.stop for s in source):
-                raw = _read(path, want.name, piece, descriptor, self._disk)
-                block = torch.frombuffer(raw, dtype=DTYPES[held.dtype]).view(piece.shape)
-                part = block[source]
-                want.target[target].copy_(part)
-                copied += part.numel()
-        return copied
-
-
-@contextmanager
-def _opened(
-    path: Path, file: RankFile, disk: Disk, known: Table | None = None
-) -> Iterator[tuple[int, Table]]:
-    """A rank's file, open, and its table, once its size and header are found intact."""
-    try:
-        with disk.reading(path) as descriptor:
-            if known is None:
-                try:
-                    known = read_table(descriptor, file, disk)
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise CorruptError(
-                        f"{path}: its header or size is damaged; use an older checkpoint"
-                    ) from None
-            yield descriptor, known
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _read(path: Path, name: str, piece: Slice, descriptor: int, disk: Disk) -> bytearray:
-    """A slice's bytes. Raises CorruptError where they are not what its hash says."""
-    raw = bytearray(piece.bytes)
-    read = disk.read_into(descriptor, memoryview(raw), piece.offset)
-    if read != piece.bytes or xxhash.xxh3_64_hexdigest(raw) != piece.xxh3:
-        raise CorruptError(f"{path}: tensor {name!r} is damaged; use an older checkpoint")
-    return raw
-
-
-def _refuse_gaps(directory: Path, tilings: Mapping[str, Tiling]) -> None:
-    for name, tiling in tilings.items():
-        if fault := tiling.fault():
-            raise CorruptError(f"{directory}: tensor {name!r}: {fault}; use an older checkpoint")
-
-
 def _as_json(manifest: Manifest) -> Manifest:
     """As it is once it was read: state and config may have tuples for lists."""
     state, config = (json.loads(json.dumps(part)) for part in (manifest.state, manifest.config))
@@ -365,13 +156,3 @@ def _as_json(manifest: Manifest) -> Manifest:
 def _directories(folder: Path) -> list[Path]:
     """Directories with the name of a checkpoint, finished or not, oldest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8))
-
-
-def _overlap(region: Region, piece: Slice) -> tuple[Region, Region]:
-    """Where a region and a slice of the same tensor meet: within the region, within the slice."""
-    target, source = [], []
-    for wanted, start, size in zip(region, piece.start, piece.shape, strict=True):
-        first, last = max(wanted.start, start), min(wanted.stop, start + size)
-        target.append(slice(first - wanted.start, last - wanted.start))
-        source.append(slice(first - start, last - start))
-    return tuple(target), tuple(source)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megallama.checkpoint import store
+from megallama.checkpoint import reader
 from tests.conftest import MakeConfig
 from tests.mutations.checkpoint import FILES, Victim, accepted, mutations
 from tests.mutations.damage import FAULTS
@@ -33,9 +33,9 @@ def test_a_check_that_is_left_out_is_found(
 ) -> None:
     """So the test above can fail."""
     if left_out == "slices":
-        monkeypatch.setattr(store.xxhash, "xxh3_64_hexdigest", _Anything)
+        monkeypatch.setattr(reader.xxhash, "xxh3_64_hexdigest", _Anything)
     else:
-        monkeypatch.setattr(store.xxhash, "xxh3_128_hexdigest", _Anything)
+        monkeypatch.setattr(reader.xxhash, "xxh3_128_hexdigest", _Anything)
     kinds = [kind for kind in mutations(victim) if kind[0] == FILES[1]]
     found = [accepted(victim, kind, random.Random(str(kind))) for kind in kinds]
     assert any(found)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megallama.errors import ConfigError, LostError
+from megallama.errors import ConfigError, CorruptError, LostError
 
 #: What a failing disk or a file server that went away answers.
 LOST = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO}
@@ -60,6 +60,62 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
             raise
         sync_path(path.parent)
+
+
+def open_plain(path: Path, verb: str = "read") -> BinaryIO:
+    """An existing file, open for reading. Links are followed; no pipe is waited for.
+
+    `verb`: of the message where the system refuses.
+
+    Raises ConfigError, or LostError where the device or the network failed.
+    """
+    with refuse_os_errors(verb, path):
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+        try:
+            refuse_other_kinds(file.fileno())
+        except OSError:
+            file.close()
+            raise
+    return file
+
+
+@contextmanager
+def plain_file(path: Path, verb: str = "read") -> Iterator[BinaryIO]:
+    """`open_plain` that closes the file, and turns what the system refuses meanwhile into one line.
+
+    Raises as `open_plain`.
+    """
+    with refuse_os_errors(verb, path), open_plain(path, verb) as file:
+        yield file
+
+
+def read_plain(path: Path, most: int, verb: str = "read") -> bytes:
+    """A whole file of at most `most` bytes.
+
+    Raises as `open_plain`, and CorruptError for a larger one.
+    """
+    with plain_file(path, verb) as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise CorruptError(f"{path}: over {most:,} bytes, the most that such a file may have")
+    return raw
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill the buffer from `offset` of a file on; returns how many bytes there were."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def refuse_other_kinds(descriptor: int) -> None:
+    """Raises OSError for a directory, a pipe, a device."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "not a plain file")
 
 
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
@@ -174,8 +230,7 @@ class Disk:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(path, flags)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "not a plain file")
+            refuse_other_kinds(descriptor)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -185,13 +240,7 @@ class Disk:
 
     def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
         """Fill the buffer from `offset` on; returns how many bytes there were."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            if not count:
-                break
-            done += count
-        return done
+        return read_at(descriptor, buffer, offset)
 
     def forget(self, descriptor: int) -> None:
         """Ask that synced bytes leave memory, so that reading them reads the disk."""

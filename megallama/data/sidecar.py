@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, get_origin, get_type_hints
 
 import xxhash
 
 from megallama.errors import ConfigError, CorruptError
-from megallama.files import refuse_os_errors
+from megallama.files import read_plain
 
 FORMAT = "megallama-tokens-1"
 BLOCK_BYTES = 16 << 20
+MOST_BYTES = 1 << 30  # of a sidecar: the hashes of 400 TiB
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,28 @@ def load_sidecar(path: Path) -> Sidecar | None:
     """
     if not path.exists():
         return None
-    with refuse_os_errors("read", path):
-        raw = path.read_bytes()
+    raw = read_plain(path, MOST_BYTES)
     try:
         fields = json.loads(raw)
         del fields["xxh3_self"]
+        intact = _dumps(fields) == raw
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CorruptError(f"{path}: damaged: not a token file's sidecar") from None
-    if _dumps(fields) != raw:
+    if not intact:
         raise CorruptError(f"{path}: damaged: its content does not match its own hash")
     if fields.pop("format", None) != FORMAT:
         raise ConfigError(f"{path}: not of format {FORMAT!r}; build the token file again")
+    if not _has_types(fields):
+        raise CorruptError(f"{path}: damaged: a key is missing or of another type")
     return Sidecar(**fields)
+
+
+def _has_types(fields: dict[str, Any]) -> bool:
+    """Whether the keys are a sidecar's and their values of its types: a hash is no signature."""
+    types = get_type_hints(Sidecar)
+    return fields.keys() == types.keys() and all(
+        type(fields[name]) is (get_origin(kind) or kind) for name, kind in types.items()
+    )
 
 
 def _dumps(fields: dict[str, object]) -> bytes:

@@ -23,7 +23,7 @@ import xxhash
 
 from megallama.data.sidecar import BlockHasher, Sidecar, load_sidecar
 from megallama.errors import ConfigError, CorruptError
-from megallama.files import partial_path, refuse_os_errors, sync, sync_path
+from megallama.files import open_plain, partial_path, refuse_os_errors, sync, sync_path
 
 IntArray = npt.NDArray[np.int64]
 
@@ -39,16 +39,46 @@ def with_suffix(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
+class Column:
+    """An array of numbers in a file, read piece by piece.
+
+    It is not mapped: where the file is cut underneath, a read ends in an error and a mapping would
+    end the process by SIGBUS.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, dtype: str, offset: int, count: int) -> None:
+        self._path, self._file, self._offset, self._count = path, file, offset, count
+        self._dtype = np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> int:
+        number += self._count if number < 0 else 0
+        return int(self.read(number, 1)[0])
+
+    def read(self, start: int, length: int) -> IntArray:
+        """Numbers [start, start + length). Raises CorruptError where the file is cut."""
+        width = self._dtype.itemsize
+        with refuse_os_errors("read", self._path):
+            raw = os.pread(self._file.fileno(), length * width, self._offset + start * width)
+        if len(raw) != length * width:
+            raise CorruptError(f"{self._path}: cut short while it is read")
+        return np.frombuffer(raw, self._dtype).astype(np.int64)
+
+
 class TokenIndex:
-    """PREFIX.idx, mapped: opening it reads the header and the two ends, whatever its size.
+    """PREFIX.idx: opening it reads the header and the two ends, whatever its size.
 
     lengths, offsets, documents: the three arrays of the module's docstring.
     """
 
     def __init__(self, path: Path) -> None:
-        with refuse_os_errors("read", path), open(path, "rb") as file:
-            raw = file.read(HEADER.size)
-            size = os.fstat(file.fileno()).st_size
+        self.path = path
+        self._file = open_plain(path)
+        with refuse_os_errors("read", path):
+            raw = os.pread(self._file.fileno(), HEADER.size, 0)
+            size = os.fstat(self._file.fileno()).st_size
         if len(raw) < HEADER.size:
             raise CorruptError(f"{path}: {size} bytes are too few for an index: empty or truncated")
         magic, version, code, S, D = HEADER.unpack(raw)
@@ -66,21 +96,24 @@ class TokenIndex:
             )
         if S == 0 or D < 2:
             raise CorruptError(f"{path}: holds no document")
-        self.path = path
         self.dtype: np.dtype[Any] = np.dtype(DTYPES[code]).newbyteorder("<")
-        self.lengths = np.memmap(path, "<i4", "r", HEADER.size, (S,))
-        self.offsets = np.memmap(path, "<i8", "r", HEADER.size + 4 * S, (S,))
-        self.documents = np.memmap(path, "<i8", "r", HEADER.size + 12 * S, (D,))
+        self.lengths = Column(path, self._file, "<i4", HEADER.size, S)
+        self.offsets = Column(path, self._file, "<i8", HEADER.size + 4 * S, S)
+        self.documents = Column(path, self._file, "<i8", HEADER.size + 12 * S, D)
         if self.offsets[0] != 0 or self.documents[0] != 0 or self.documents[-1] != S:
             raise CorruptError(f"{path}: damaged: the first or last document is out of place")
-        self.bin_bytes = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        self.bin_bytes = self.offsets[-1] + self.lengths[-1] * self.dtype.itemsize
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
     def document_start(self, document: int) -> int:
         """The first token of a document; of the document after the last, the count of tokens."""
-        sequence = int(self.documents[document])
+        sequence = self.documents[document]
         if not 0 <= sequence <= len(self.offsets):
             raise CorruptError(f"{self.path}: document {document} starts at sequence {sequence}")
-        offset = self.bin_bytes if sequence == len(self.offsets) else int(self.offsets[sequence])
+        offset = self.bin_bytes if sequence == len(self.offsets) else self.offsets[sequence]
         return offset // self.dtype.itemsize
 
 
@@ -95,8 +128,7 @@ class TokenFile:
         self.prefix = str(prefix)
         self.bin_path = with_suffix(prefix, ".bin")
         self.index = TokenIndex(with_suffix(prefix, ".idx"))
-        with refuse_os_errors("read", self.bin_path):
-            self._bin = open(self.bin_path, "rb", buffering=0)  # noqa: SIM115
+        self._bin = open_plain(self.bin_path)
         size = os.fstat(self._bin.fileno()).st_size
         if size != self.index.bin_bytes:
             raise CorruptError(
@@ -136,7 +168,7 @@ class TokenFile:
     def document_starts(self, start: int, length: int) -> IntArray:
         """Where documents begin in tokens [start, start + length), relative to `start`, ascending.
 
-        A binary search over the mapped index: it touches log2(documents) pages.
+        A binary search over the index: log2(documents) short reads, 0.1 ms of 100 million.
         """
         numbers = range(self.documents)
         first = bisect.bisect_left(numbers, start, key=self.index.document_start)
@@ -163,8 +195,9 @@ class TokenFile:
         return f"{self.tokens} tokens, {xxhash.xxh3_64_hexdigest(hashes.encode())}"
 
     def close(self) -> None:
-        """Closes the file of tokens."""
+        """Closes the files of tokens and index."""
         self._bin.close()
+        self.index.close()
 
 
 class TokenFileWriter:

@@ -17,13 +17,14 @@ import xxhash
 
 from megallama.data.documents import decode_documents, read_chunks
 from megallama.errors import ConfigError, CorruptError
-from megallama.files import atomic_write, refuse_os_errors
+from megallama.files import atomic_write, read_plain
 
 SPACE_MARK = "\u2581"
 ENCODE_CHARACTERS = 1 << 14  # texts are encoded in pieces of about this size: see `encode`
 LINE_CHARACTERS = 1000  # at most 4,000 bytes; the trainer drops lines over 4,192 bytes
 SMALLEST_VOCAB = 256 + 3  # the bytes, <unk>, <s> and </s>
 LARGEST_VOCAB = 2**31 - 1  # SentencePiece's int
+MOST_BYTES = 1 << 30  # of a model; LLaMA's has 0.5 MB
 MAX_LINES = 10_000_000  # the trainer holds its lines in memory; of more it keeps a fair sample
 
 # LLaMA's (Touvron et al. 2023, section 2.1, and the settings recorded in its tokenizer.model).
@@ -52,8 +53,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with refuse_os_errors("read the tokenizer", self.path):
-            model = self.path.read_bytes()
+        model = read_plain(self.path, MOST_BYTES, "read the tokenizer")
         sentencepiece.set_min_log_level(2)
         self._model = sentencepiece.SentencePieceProcessor()
         try:

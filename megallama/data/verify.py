@@ -12,7 +12,7 @@ from megallama.data.sidecar import BLOCK_BYTES
 from megallama.data.token_files import TokenFile, TokenIndex, check_vocab, with_suffix
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import ConfigError, CorruptError
-from megallama.files import refuse_os_errors
+from megallama.files import plain_file
 
 ROWS = 1 << 20
 
@@ -35,7 +35,7 @@ def verify(file: TokenFile, vocab: int | None = None) -> None:
 
 def check_blocks(path: Path, digests: list[str]) -> None:
     """Raises CorruptError for the first block of `path` whose hash is not the one in `digests`."""
-    with refuse_os_errors("read", path), open(path, "rb") as stream:
+    with plain_file(path) as stream:
         for block, digest in enumerate(digests):
             if xxhash.xxh3_64_hexdigest(stream.read(BLOCK_BYTES)) != digest:
                 start = block * BLOCK_BYTES
@@ -51,20 +51,19 @@ def check_index(index: TokenIndex) -> None:
     """Raises CorruptError unless sequences lie end to end and documents ascend."""
     end = 0
     for start, length in _pieces(len(index.lengths)):
-        rows = slice(start, start + length)
-        lengths = np.asarray(index.lengths[rows], np.int64)
+        lengths, offsets = index.lengths.read(start, length), index.offsets.read(start, length)
         ends = end + np.cumsum(lengths) * index.dtype.itemsize
         expected = np.concatenate(([end], ends[:-1]))
-        wrong = (lengths < 0) | (index.offsets[rows] != expected)
+        wrong = (lengths < 0) | (offsets != expected)
         if wrong.any():
             at = start + int(np.argmax(wrong))
             raise CorruptError(
-                f"{index.path}: sequence {at} has length {index.lengths[at]} and offset "
-                f"{index.offsets[at]}: sequences must lie end to end"
+                f"{index.path}: sequence {at} has length {lengths[at - start]} and offset "
+                f"{offsets[at - start]}: sequences must lie end to end"
             )
         end = int(ends[-1])
     for start, length in _pieces(len(index.documents) - 1):
-        wrong = np.diff(index.documents[start : start + length + 1]) < 0
+        wrong = np.diff(index.documents.read(start, length + 1)) < 0
         if wrong.any():
             at = start + int(np.argmax(wrong))
             raise CorruptError(f"{index.path}: document {at} starts after document {at + 1}")

@@ -20,6 +20,7 @@ from megallama.checkpoint.tensor_files import (
     DTYPES,
     Stored,
     TensorFile,
+    foreign_file,
     read_json,
     write_tensor_file,
 )
@@ -74,7 +75,7 @@ class HuggingFaceWeights:
 
     def __init__(self, directory: Path) -> None:
         path = directory / CONFIG
-        given = read_json(path)
+        given = read_json(foreign_file(directory, CONFIG))
         shape = model_from_json(given, path)
         context = given.get("max_position_embeddings", 2048)  # transformers' default
         self._files = _files_by_tensor(directory)
@@ -175,16 +176,18 @@ def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def _files_by_tensor(directory: Path) -> dict[str, TensorFile]:
     """The file of every tensor, by transformers' names."""
     if (directory / SINGLE).exists():
-        file = TensorFile(directory / SINGLE)
+        file = TensorFile(foreign_file(directory, SINGLE))
         return dict.fromkeys(file.tensors, file)
     if not (directory / INDEX).exists():
         raise ConfigError(
             f"{directory}: neither {SINGLE} nor {INDEX}; save the model with safe_serialization"
         )
-    places = read_json(directory / INDEX).get("weight_map")
+    places = read_json(foreign_file(directory, INDEX)).get("weight_map")
     if not isinstance(places, dict) or not all(_is_plain(file) for file in places.values()):
         raise CorruptError(f"{directory / INDEX}: weight_map names no files; fetch it again")
-    files = {name: TensorFile(directory / name) for name in sorted(set(places.values()))}
+    files = {
+        name: TensorFile(foreign_file(directory, name)) for name in sorted(set(places.values()))
+    }
     for tensor, name in places.items():
         if tensor not in files[name].tensors:
             raise CorruptError(

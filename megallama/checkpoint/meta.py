@@ -8,18 +8,20 @@ embedding is written twice, because Meta's code knows no tying; read back, equal
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
-from zipfile import ZipFile
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megallama.checkpoint.meta_params import model_from_params, params_of
 from megallama.checkpoint.pth import pth_file, write_block
-from megallama.checkpoint.tensor_files import read_json
+from megallama.checkpoint.pth_reader import PthFile
+from megallama.checkpoint.tensor_files import as_bytes, foreign_file, read_json
 from megallama.checkpoint.weights import (
     PRECISIONS,
     Weights,
@@ -31,7 +33,7 @@ from megallama.checkpoint.weights import (
 )
 from megallama.config.schema import Model
 from megallama.errors import ConfigError, CorruptError
-from megallama.files import refuse_os_errors, write_atomic
+from megallama.files import write_atomic
 from megallama.spec.parameters import parameter_table
 
 PARAMS = "params.json"
@@ -44,21 +46,21 @@ Dims = Mapping[str, Literal[0, 1] | None]
 
 
 class MetaWeights:
-    """The weights of a directory of `consolidated.NN.pth`, through a map of the files.
+    """The weights of a directory of `consolidated.NN.pth`, read a block at a time.
 
     Every byte is checked against the archive's checksums when it is opened; code in a file is
     refused, not run.
 
     Raises:
         ConfigError: it holds a model that megallama does not have, or no such files.
-        CorruptError: a file is damaged or missing, or a tensor is missing or of another shape.
+        CorruptError: a file is damaged or missing, a tensor is missing or of another shape, or one
+            that all files have whole is not the same in all.
     """
 
     def __init__(self, directory: Path) -> None:
         path = directory / PARAMS
-        params = read_json(path)
-        paths = _paths(directory)
-        self._shards = {path: _load(path) for path in paths}
+        params = read_json(foreign_file(directory, PARAMS))
+        self._shards = [PthFile(foreign_file(directory, name)) for name in _names(directory)]
         embedding_dim, vocab = self._embedding(params.get("dim"))
         shape = model_from_params(params, vocab, path)
         context = params.get("max_seq_len", CONTEXT)
@@ -75,61 +77,78 @@ class MetaWeights:
             block = self._rows(name, first, count)
             yield halves_from_pairs(block, width) if _is_rotated(name) else block
 
-    def _tensors(self, name: str) -> list[Tensor]:
-        return [shard[name] for shard in self._shards.values()]
-
     def _row_bytes(self, name: str) -> int:
-        first = self._tensors(name)[0]
-        whole = first[:1].nbytes
+        first = self._shards[0].tensors[name]
+        whole = math.prod(first.shape[1:]) * first.dtype.itemsize
         return whole * len(self._shards) if self._dims[name] == 1 else whole
 
     def _rows(self, name: str, first: int, count: int) -> Tensor:
         """Some rows of the whole tensor."""
-        tensors, last = self._tensors(name), first + count
         if self._dims[name] is None:
-            return tensors[0][first:last]
+            return self._shards[0].read(name, first, count)
         if self._dims[name] == 1:
-            return torch.cat([t[first:last] for t in tensors], 1)
-        ends = [n * len(tensors[0]) for n in range(len(tensors))]
-        pieces = [
-            t[max(0, first - e) : max(0, last - e)] for t, e in zip(tensors, ends, strict=True)
-        ]
+            return torch.cat([shard.read(name, first, count) for shard in self._shards], 1)
+        height = self._shards[0].tensors[name].shape[0]
+        pieces = []
+        for n, shard in enumerate(self._shards):
+            begin, end = max(first, n * height), min(first + count, (n + 1) * height)
+            if begin < end:
+                pieces.append(shard.read(name, begin - n * height, end - begin))
         return torch.cat(pieces)
 
     def _embedding(self, width: object) -> tuple[Literal[0, 1], int]:
         """How the embedding is divided, and its rows: columns in LLaMA 1 and 2, rows in Llama 3."""
-        (path, shard), count = next(iter(self._shards.items())), len(self._shards)
-        embedding = shard.get(EMBEDDING)
-        if embedding is None or embedding.dim() != 2:
-            raise CorruptError(f"{path}: matrix {EMBEDDING!r} is missing; fetch the file again")
+        shard = self._shards[0]
+        embedding = shard.tensors.get(EMBEDDING)
+        if embedding is None or len(embedding.shape) != 2:
+            raise CorruptError(
+                f"{shard.path}: matrix {EMBEDDING!r} is missing; fetch the file again"
+            )
         rows, columns = embedding.shape
-        return (0, rows * count) if columns == width else (1, rows)
+        return (0, rows * len(self._shards)) if columns == width else (1, rows)
 
     def _check(self, model: Model) -> set[torch.dtype]:
         """Hold every file against the model; gives the types of its tensors."""
         expected = _shard_shapes(model, self._dims, len(self._shards))
-        if not any(OUTPUT in shard for shard in self._shards.values()):
+        if not self._has_output():
             del expected[OUTPUT]
         dtypes = set()
-        for path, shard in self._shards.items():
+        for shard in self._shards:
+            path, tensors = shard.path, shard.tensors
             for name, shape in expected.items():
-                found = tuple(shard[name].shape) if name in shard else "none"
+                found = tensors[name].shape if name in tensors else "none"
                 if found != shape:
                     raise CorruptError(
                         f"{path}: tensor {name!r} has shape {found}, {PARAMS} and "
                         f"{len(self._shards)} files make it {shape}; fetch the directory again"
                     )
-                dtypes.add(shard[name].dtype)
-            for name in sorted(shard.keys() - expected.keys() - {FREQUENCIES}):
+                dtypes.add(tensors[name].dtype)
+            for name in sorted(tensors.keys() - expected.keys() - {FREQUENCIES}):
                 raise ConfigError(
                     f"{path}: tensor {name!r} is no weight of a LLaMA as trained here; convert a "
                     "plain release"
                 )
+        self._refuse_unequal_copies(expected)
         return dtypes
+
+    def _refuse_unequal_copies(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The norms stand in every file; two trainings' files together would pass for one model."""
+        first, *others = self._shards
+        for name in (name for name in shapes if self._dims[name] is None):
+            kept = as_bytes(first.read(name, 0, shapes[name][0]))
+            for shard in others:
+                if not np.array_equal(as_bytes(shard.read(name, 0, shapes[name][0])), kept):
+                    raise CorruptError(
+                        f"{shard.path}: tensor {name!r} is not the one of {first.path.name}; fetch "
+                        "the files of one release"
+                    )
+
+    def _has_output(self) -> bool:
+        return any(OUTPUT in shard.tensors for shard in self._shards)
 
     def _is_tied(self, vocab: int) -> bool:
         """Whether the output weight is the embedding's, or absent."""
-        if not any(OUTPUT in shard for shard in self._shards.values()):
+        if not self._has_output():
             return True
         return all(
             torch.equal(self._rows(EMBEDDING, *rows), self._rows(OUTPUT, *rows))
@@ -241,34 +260,13 @@ def _shard_shapes(model: Model, dims: Dims, shards: int) -> dict[str, tuple[int,
     return shapes
 
 
-def _paths(directory: Path) -> list[Path]:
-    paths = sorted(directory.glob("consolidated.*.pth"))
-    if not paths:
+def _names(directory: Path) -> list[str]:
+    names = sorted(path.name for path in directory.glob("consolidated.*.pth"))
+    if not names:
         raise ConfigError(f"{directory}: no consolidated.00.pth; name a directory of Meta's")
-    for number, path in enumerate(paths):
-        if path.name != f"consolidated.{number:02d}.pth":
+    for number, name in enumerate(names):
+        if name != f"consolidated.{number:02d}.pth":
             raise CorruptError(
-                f"{directory}: {path.name}, but no consolidated.{number:02d}.pth; fetch it too"
+                f"{directory}: {name}, but no consolidated.{number:02d}.pth; fetch it too"
             )
-    return paths
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    """A file's tensors, mapped. Raises CorruptError for damage, and for anything but tensors."""
-    with refuse_os_errors("read", path):
-        try:
-            with ZipFile(path) as archive:
-                damaged: Any = archive.testzip()
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # of zipfile, pickle and torch, which have no common one
-            damaged = type(error).__name__
-            tensors = None
-    if damaged:
-        raise CorruptError(
-            f"{path}: not a file of tensors alone, or damaged ({damaged}); fetch it again"
-        )
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CorruptError(f"{path}: not a dict of tensors; convert a plain release")
-    return tensors
+    return names

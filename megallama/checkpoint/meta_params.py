@@ -12,8 +12,11 @@ from megallama.errors import ConfigError
 _SHAPE = {"d_model": "dim", "layers": "n_layers", "heads": "n_heads"}
 _THETA = 10000.0  # what LLaMA 1 and 2 have without naming it
 _MULTIPLE = 256  # likewise, of the feed-forward width
-# Llama 3.1's: use_scaled_rope stands for all four, newer releases name two of them.
+# Llama 3.1's: use_scaled_rope stands for all four in Meta's code, newer releases name two of them.
 _SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+# (dim, n_layers) of Llama 3.2 1B and 3B. Their params.json has the keys of Llama 3.1's, and their
+# config.json at Hugging Face has a factor of 32 where Llama 3.1's has 8.
+_LLAMA_3_2 = {(2048, 16), (3072, 28)}
 
 
 def model_from_params(params: Mapping[str, Any], vocab: int, path: Path) -> dict[str, Any]:
@@ -46,6 +49,14 @@ def model_from_params(params: Mapping[str, Any], vocab: int, path: Path) -> dict
         "rope_theta": params.get("rope_theta", _THETA),
     }
     if params.get("use_scaled_rope"):
+        if (
+            not params.get("rope_scaling_factor")
+            and (params["dim"], params["n_layers"]) in _LLAMA_3_2
+        ):
+            raise ConfigError(
+                f"{path}: rope_scaling_factor is missing, and a model of this shape may be Llama "
+                'of 3.1, which has 8, or of 3.2, which has 32; add "rope_scaling_factor": 32 or 8'
+            )
         named = {"factor": "rope_scaling_factor", "high_freq_factor": "rope_high_freq_factor"}
         given = {ours: params[theirs] for ours, theirs in named.items() if params.get(theirs)}
         model["rope_scaling"] = {**_SCALING.model_dump(), **given}

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.errors import CorruptError
-from megallama.files import refuse_os_errors, sync
+from megallama.errors import ConfigError, CorruptError
+from megallama.files import plain_file, read_at, read_plain, refuse_os_errors, sync
 
 #: safetensors' words for the types that weights have.
 DTYPES = {
@@ -30,6 +30,11 @@ DTYPES = {
 }
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+LONGEST_NAME = 500  # characters
+MOST_DIMS = 8
+
+
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,8 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with refuse_os_errors("read", path):
-                self.tensors = _read_header(path)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self.tensors = _read_header(path)
+        except _MALFORMED as error:
             raise CorruptError(
                 f"{path}: its header or size is damaged ({error}); fetch the file again"
             ) from None
@@ -68,9 +72,9 @@ class TensorFile:
         stored = self.tensors[name]
         row_bytes = stored.bytes // stored.shape[0]
         block = torch.empty((rows, *stored.shape[1:]), dtype=DTYPES[stored.dtype])
-        with refuse_os_errors("read", self.path), open(self.path, "rb") as file:
-            file.seek(stored.offset + first * row_bytes)
-            read = file.readinto(memoryview(as_bytes(block)))
+        with plain_file(self.path) as file:
+            offset = stored.offset + first * row_bytes
+            read = read_at(file.fileno(), memoryview(as_bytes(block)), offset)
         if read != rows * row_bytes:
             raise CorruptError(f"{self.path}: ends within tensor {name!r}; fetch the file again")
         return block
@@ -103,12 +107,26 @@ def as_bytes(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
 
 
+def foreign_file(directory: Path, name: str) -> Path:
+    """A file of a directory that others made.
+
+    A link may lead to the directory's own files, or as Hugging Face's cache has it to `blobs`
+    beside the snapshots: one that leads elsewhere would have any file read and copied.
+
+    Raises ConfigError where it leads elsewhere.
+    """
+    path, home = directory / name, directory.resolve()
+    allowed = (home, home.parent.parent / "blobs")
+    if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in allowed):
+        raise ConfigError(f"{path}: is a link that leads out of its directory; put the file there")
+    return path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object. Raises ConfigError (no file), CorruptError (no object)."""
-    with refuse_os_errors("read", path):
-        raw = path.read_bytes()
+    raw = read_plain(path, LONGEST_HEADER)
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, object_pairs_hook=once_each)
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
@@ -116,13 +134,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return body
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that has no key twice, of which two readers may take different ones.
+
+    Raises ValueError for one that has.
+    """
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        raise ValueError("a key is there twice")
+    return body
+
+
 def _read_header(path: Path) -> dict[str, Stored]:
-    with open(path, "rb") as file:
+    with plain_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length > min(LONGEST_HEADER, size - 8):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=once_each)
     header.pop("__metadata__", None)
     tensors = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
@@ -138,8 +167,11 @@ def _read_header(path: Path) -> dict[str, Stored]:
 def _stored(name: str, entry: Mapping[str, Any], begin: int) -> Stored:
     shape = tuple(entry["shape"])
     first, last = entry["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)):
-        raise ValueError(f"tensor {name!r} has shape {shape} at {first} to {last}")
+    numbers = (*shape, first, last)
+    if len(name) > LONGEST_NAME or len(shape) > MOST_DIMS:
+        raise ValueError("a tensor has a name or a shape that is too long")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or first > last:
+        raise ValueError(f"tensor {name!r} is of no shape or place that can be")
     # Other types may stand beside the weights; whoever wants such a tensor refuses it by its type.
     known = DTYPES.get(entry["dtype"])
     if known and last - first != math.prod(shape) * known.itemsize:

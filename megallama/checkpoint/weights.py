@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +55,11 @@ class Weights(Protocol):
 def part_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Name and shape of every global tensor, in the order of the table."""
     return {part.name: part.shape for weight in parameter_table(model) for part in weight.parts}
+
+
+def weight_bytes(model: Model, precision: str) -> int:
+    """What a model's weights take in a precision."""
+    return sum(map(prod, part_shapes(model).values())) * PRECISIONS[precision].itemsize
 
 
 def row_blocks(rows: int, row_bytes: int, unit: int = 1) -> Iterator[tuple[int, int]]:

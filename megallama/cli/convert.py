@@ -16,6 +16,7 @@ TOKENIZER = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
+SLACK = 1 << 24  # bytes of room for a file's header and what stands beside the weights
 #: What stands beside the weights and goes along unchanged.
 COMPANIONS = (
     TOKENIZER,
@@ -91,19 +92,21 @@ def _to_checkpoint(kind: str, source: Path, target: Path) -> None:
     from megallama.checkpoint.huggingface import HuggingFaceWeights
     from megallama.checkpoint.manifest import Manifest
     from megallama.checkpoint.meta import MetaWeights
-    from megallama.checkpoint.weights import write_checkpoint
+    from megallama.checkpoint.tensor_files import foreign_file
+    from megallama.checkpoint.weights import weight_bytes, write_checkpoint
     from megallama.checkpoint.whole import whole_directory
     from megallama.train.snapshot import Progress
 
     weights: Weights = HuggingFaceWeights(source) if kind == "hf" else MetaWeights(source)
     config = weights.config.model_dump(mode="json")
-    tokenizer = _sentencepiece(source / TOKENIZER)
+    tokenizer = _sentencepiece(foreign_file(source, TOKENIZER))
     if tokenizer:
         config["data"]["tokenizer"] = str((target / TOKENIZER).absolute())
     else:
         _say(f"{source}: no SentencePiece {TOKENIZER}, so `generate` cannot read a prompt")
     facts = Manifest(asdict(Progress()), config, tokenizer.hash if tokenizer else None, {})
-    with whole_directory(target) as partial:
+    room = weight_bytes(weights.config.model, weights.config.train.precision) + SLACK
+    with whole_directory(target, room) as partial:
         write_checkpoint(partial, weights, facts)
         _copy_companions(source, partial, COMPANIONS, links=True)
     _report(target, weights, weights.config.train.precision)
@@ -112,7 +115,7 @@ def _to_checkpoint(kind: str, source: Path, target: Path) -> None:
 def _from_checkpoint(kind: str, source: Path, target: Path, dtype: str | None, shards: int) -> None:
     from megallama.checkpoint.huggingface import write_huggingface
     from megallama.checkpoint.meta import write_meta
-    from megallama.checkpoint.weights import CheckpointWeights
+    from megallama.checkpoint.weights import CheckpointWeights, weight_bytes
     from megallama.checkpoint.whole import whole_directory
     from megallama.train.snapshot import find_checkpoint
 
@@ -120,7 +123,10 @@ def _from_checkpoint(kind: str, source: Path, target: Path, dtype: str | None, s
     weights = CheckpointWeights(checkpoint)
     precision = dtype or weights.config.train.precision
     tokenizer = _tokenizer_of(checkpoint, weights)
-    with whole_directory(target) as partial:
+    written = weights.config.model
+    if kind == "meta":  # which has both ends of a tied embedding
+        written = written.model_copy(update={"tie_embeddings": False})
+    with whole_directory(target, weight_bytes(written, precision) + SLACK * shards) as partial:
         if kind == "hf":
             _copy_companions(checkpoint.directory, partial, COMPANIONS)
             ids = _token_ids(checkpoint, tokenizer)
@@ -132,6 +138,12 @@ def _from_checkpoint(kind: str, source: Path, target: Path, dtype: str | None, s
             write_meta(partial, weights, precision, shards, 0 if by_rows else 1)
         if tokenizer:
             _write_tokenizer(partial, tokenizer, kind)
+    scaling = weights.config.model.rope_scaling
+    if kind == "meta" and scaling and scaling.factor != 8:
+        _say(
+            f"{target}: params.json has rope_scaling_factor={scaling.factor:g}, which Meta's code "
+            "for Llama 3 does not read: it takes 8"
+        )
     _report(target, weights, precision)
 
 
@@ -199,20 +211,21 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, kind: str) -> None:
 def _copy_companions(
     source: Path, target: Path, names: tuple[str, ...], links: bool = False
 ) -> None:
-    """Copy what is there; `links` are followed, as Hugging Face's cache needs it, or refused."""
+    """Copy what is there; `links` are followed where they may be, or refused."""
     import shutil
 
+    from megallama.checkpoint.tensor_files import foreign_file
     from megallama.errors import ConfigError
-    from megallama.files import refuse_os_errors
+    from megallama.files import plain_file, refuse_os_errors
 
     for name in names:
-        if (source / name).is_symlink() and not links:
-            raise ConfigError(
-                f"{source / name}: is a link, and may lead anywhere; put a file there"
-            )
-        if (source / name).is_file():
-            with refuse_os_errors("copy", source / name):
-                shutil.copyfile(source / name, target / name)
+        path = source / name
+        if path.is_symlink() and not links:
+            raise ConfigError(f"{path}: is a link, and may lead anywhere; put a file there")
+        if foreign_file(source, name).is_file():
+            write = refuse_os_errors("write", target / name)
+            with plain_file(path) as file, write, open(target / name, "xb") as copy:
+                shutil.copyfileobj(file, copy)
 
 
 def _report(target: Path, weights: Weights, precision: str) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,7 @@ from megallama.checkpoint import weights as streams
 from megallama.checkpoint.manifest import Manifest
 from megallama.checkpoint.meta import MetaWeights, write_meta
 from megallama.checkpoint.meta_params import model_from_params, params_of
+from megallama.checkpoint.pth_reader import PthFile
 from megallama.checkpoint.store import Checkpoint
 from megallama.checkpoint.weights import CheckpointWeights, write_checkpoint
 from megallama.config.presets import PRESETS
@@ -284,6 +288,24 @@ def test_llama_3_1_s_scaling_and_no_other() -> None:
         params_of(other)
 
 
+def test_llama_3_2_does_not_say_its_factor() -> None:
+    """params.json of 1B and 3B cannot be told from one with Llama 3.1's factor, so it is asked."""
+    small = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
+    small |= {"ffn_dim_multiplier": 1.5, "multiple_of": 256, "norm_eps": 1e-5}
+    small |= {"rope_theta": 500000.0, "use_scaled_rope": True}
+    with pytest.raises(
+        ConfigError, match=r"p: rope_scaling_factor is missing.* 3\.2, which has 32"
+    ):
+        model_from_params(small, 128256, Path("p"))
+    for factor in (8, 32.0):
+        named = {**small, "rope_scaling_factor": factor}
+        model = model_from_params(named, 128256, Path("p"))
+        assert model["rope_scaling"]["factor"] == factor
+        assert model["ffn"] == 8192
+    larger = {**small, "dim": 4096, "n_layers": 32}
+    assert model_from_params(larger, 128256, Path("p"))["rope_scaling"]["factor"] == 8
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     shape = Shape(**{**SHAPES["GQA"].__dict__, "vocab": 60})
@@ -338,6 +360,66 @@ def test_damaged_files_are_named(source: Path) -> None:
     (source / "params.json").write_text("{")
     with pytest.raises(CorruptError, match=r"params\.json: not a JSON object"):
         MetaWeights(source)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.ffn_norm.weight"])
+def test_files_of_two_releases_are_told_by_their_norms(source: Path, name: str) -> None:
+    """The norms stand in every file; one bit of one of them is enough."""
+    path = source / "consolidated.01.pth"
+    tensors = torch.load(path, weights_only=True)
+    tensors[name].view(torch.int16)[-1] ^= 1
+    torch.save(tensors, path)
+    words = rf"consolidated\.01\.pth: tensor '{name}' is not the one of consolidated\.00\.pth"
+    with pytest.raises(CorruptError, match=words):
+        MetaWeights(source)
+
+
+def test_views_transposes_and_gaps_are_read_as_they_look(tmp_path: Path) -> None:
+    """torch.save writes a view's whole storage, and stores a transpose as it lies."""
+    base = torch.arange(60.0).view(6, 10)
+    views = {
+        "a": base,
+        "b": base[1:, 2:7],
+        "c": base.T,
+        "d": base[:, 3],
+        "e": base[:1].expand(4, -1),
+    }
+    views["f"] = torch.randn(0, 4)
+    torch.save(views, tmp_path / "x.pth")
+    file = PthFile(tmp_path / "x.pth")
+    for name, view in views.items():
+        for first in range(len(view)):
+            for rows in range(len(view) - first + 1):
+                assert file.read(name, first, rows).equal(view[first : first + rows])
+
+
+READ_CUT = """
+import sys
+from pathlib import Path
+import megallama.checkpoint.weights as weights
+from megallama.checkpoint.meta import MetaWeights
+from megallama.errors import CorruptError
+weights.BLOCK_BYTES = 100_000
+source = MetaWeights(Path(sys.argv[1]))
+blocks = source.blocks("output.weight")
+next(blocks)
+with open(Path(sys.argv[1]) / "consolidated.01.pth", "r+b") as cut:
+    cut.truncate(5000)
+try:
+    list(blocks)
+except CorruptError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    shape = Shape(**{**SHAPES["MHA"].__dict__, "vocab": 30_000})
+    source = publish(tmp_path / "meta", params_for("MHA"), meta_weights(shape), 2)
+    command = [sys.executable, "-c", READ_CUT, str(source)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "consolidated.01.pth: ends within tensor 'output.weight'" in done.stdout
 
 
 def test_tensors_that_do_not_fit(source: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megallama.checkpoint.store import Checkpoint
 from megallama.cli.main import main
 from megallama.data.tokenizer import Tokenizer
+from megallama.files import Disk
 from megallama.spec.grid import Grid
 from tests.conftest import ConfigFile, TinyData
 from tests.reference import Shape, huggingface, random_weights
@@ -94,7 +95,8 @@ def test_a_trained_run_to_meta_and_back(run_dir: Path, command: Command, tmp_pat
 
 def test_what_stands_beside_the_weights_goes_along(command: Command, tmp_path: Path) -> None:
     """Llama 3's tokenizer is none that megallama reads; it and the rest arrive byte for byte."""
-    hf = tmp_path / "hf"
+    hf, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"
+    blobs.mkdir()
     huggingface.build(Shape(), random_weights(Shape()), torch.bfloat16).save_pretrained(hf)
     texts = {
         "tokenizer.model": "IQ== 0\n",
@@ -103,9 +105,9 @@ def test_what_stands_beside_the_weights_goes_along(command: Command, tmp_path: P
         "generation_config.json": '{"bos_token_id": 128000, "eos_token_id": [128001, 128008]}',
     }
     for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+        (blobs / name).write_text(text)
         (hf / name).unlink(missing_ok=True)
-        (hf / name).symlink_to(tmp_path / name)  # as Hugging Face's cache has it
+        (hf / name).symlink_to(blobs / name)  # as Hugging Face's cache has it
     command(0, "convert", "from-hf", hf, tmp_path / "us")
     command(0, "convert", "to-hf", tmp_path / "us", tmp_path / "back")
     for name, text in texts.items():
@@ -120,6 +122,27 @@ def test_what_stands_beside_the_weights_goes_along(command: Command, tmp_path: P
     message = command(78, "convert", "to-hf", tmp_path / "us", tmp_path / "again")
     assert "tokenizer.json: is a link" in message
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A model of 2,000,000 weights in fp64 takes 16 MB, and 16 MiB are set aside for the rest."""
+    shape = Shape(d_model=256, layers=3, ffn=600)
+    source = tmp_path / "us"
+    save_checkpoint(source, shape, random_weights(shape))
+    free = 30_000_000
+    monkeypatch.setattr(Disk, "free_bytes", lambda *_: free)
+    out = tmp_path / "out"
+    message = command(78, "convert", f"to-{kind}", source, out)
+    assert f"cannot write {out}: it takes 0.0" in message
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr(Disk, "free_bytes", lambda *_: 2 * free)
+    command(0, "convert", f"to-{kind}", source, out)
+    monkeypatch.setattr(Disk, "free_bytes", lambda *_: free)
+    assert main(["convert", f"from-{kind}", str(out), str(tmp_path / "back")]) == 78
+    assert not list(tmp_path.glob("back*"))
 
 
 def test_wrong_sources_and_targets(run_dir: Path, command: Command, tmp_path: Path) -> None:

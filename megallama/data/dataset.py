@@ -86,6 +86,12 @@ class Dataset:
         self.vocab = vocab
         self.mask_documents = mask_documents
         self.tokenizer_hash = tokenizer_hash
+        #: Sources whose bytes were not held against hashes: no sidecar, or too large to do so here.
+        self.unverified = [
+            name
+            for name, file in files.items()
+            if file.sidecar is None or file.bytes_on_disk > VERIFY_BYTES
+        ]
         self.fingerprints = {name: file.fingerprint for name, file in files.items()}
         self._files = [files[name] for name in self.source_names]
 
@@ -147,7 +153,7 @@ def _check_vocabularies(files: dict[str, TokenFile], vocab: int) -> None:
 
 def _check_tokenizers(files: dict[str, TokenFile], tokenizer_hash: str | None) -> None:
     """Raises ConfigError unless all files that say so are of one tokenizer: the given one."""
-    wanted, by = tokenizer_hash, "the tokenizer given"
+    wanted, by = tokenizer_hash, "data.tokenizer"
     for file in files.values():
         if file.sidecar is None:
             continue

@@ -58,7 +58,8 @@ class Tokenizer:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model)
-        except RuntimeError:
+            self._can_cut = self._words_are_separate()
+        except (RuntimeError, ValueError):  # a message of its own that is no UTF-8 is a ValueError
             raise CorruptError(f"{self.path}: not a SentencePiece model, or damaged") from None
         self.vocab_size: int = self._model.vocab_size()
         self.bos: int = self._model.bos_id()
@@ -66,7 +67,6 @@ class Tokenizer:
         if min(self.vocab_size - 1, self.bos, self.eos) < 0:
             raise ConfigError(f"{self.path}: the model has no <s> or no </s> token")
         self.hash: str = xxhash.xxh3_128_hexdigest(model)
-        self._can_cut = self._words_are_separate()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without <s> and </s>.
@@ -94,7 +94,7 @@ class Tokenizer:
 
     def _words_are_separate(self) -> bool:
         """Whether spaces only open tokens and one is put before the text: true of LLaMA's."""
-        pieces = (self._model.id_to_piece(i) for i in range(self.vocab_size))
+        pieces = (self._model.id_to_piece(i) for i in range(self._model.vocab_size()))
         spaces_open = all(SPACE_MARK not in piece.lstrip(SPACE_MARK) for piece in pieces)
         probe = " a  b "
         as_pieces = self._model.encode(probe, out_type=str)

@@ -117,6 +117,11 @@ def _describe(trainer: Trainer, dataset: Dataset, progress: Progress, console: C
         )
     if trainer.device.type == "cpu" and torch.cuda.is_available():
         console.message("the GPU is not used: on CUDA train.precision is bf16")
+    for name in dataset.unverified:
+        console.message(
+            f"data source {name!r}: its bytes are not verified here (over 64 MiB, or no sidecar); "
+            "run `megallama data inspect` on it once"
+        )
     for phase in range(len(config.data.all_phases)):
         mixture = dataset.order.mixture(phase)
         if not mixture.exact:

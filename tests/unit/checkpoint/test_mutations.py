@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
 from megallama.checkpoint import reader
+from megallama.data import dataset
+from tests.chaos.pairs import config_of, make_data
 from tests.conftest import MakeConfig
+from tests.mutations import data
 from tests.mutations.checkpoint import FILES, Victim, accepted, mutations
 from tests.mutations.damage import FAULTS
 
@@ -25,6 +29,31 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(victim: Victim) -> No
     assert [(kind, fault) for kind, fault in found.items() if fault] == []
     assert sum(fault == "" for fault in found.values()) > 0.9 * len(kinds)
     assert victim.resume()[0] == 6
+
+
+@pytest.fixture
+def fed(tmp_path: Path) -> data.Data:
+    """A run with two checkpoints, and data of its own."""
+    make_data(tmp_path)
+    return data.Data(tmp_path, Victim(config_of("1", tmp_path)))
+
+
+def test_damaged_data_are_named_and_no_run_goes_on(fed: data.Data) -> None:
+    kinds = list(data.mutations(fed))
+    assert len(kinds) == (3 + 7 + 11 + 3) * len(FAULTS)
+    found = {kind: data.accepted(fed, kind, random.Random(str(kind))) for kind in kinds}
+    assert [(kind, fault) for kind, fault in found.items() if fault] == []
+    assert sum(fault == "" for fault in found.values()) > 0.9 * len(kinds)
+    assert fed.victim.resume()[0] == 6
+
+
+@pytest.mark.parametrize("left_out", ["verify", "_check_tokenizers"])
+def test_a_check_of_data_that_is_left_out_is_found(
+    fed: data.Data, monkeypatch: pytest.MonkeyPatch, left_out: str
+) -> None:
+    monkeypatch.setattr(dataset, left_out, lambda *_: None)
+    kinds = list(data.mutations(fed))
+    assert any(data.accepted(fed, kind, random.Random(str(kind))) for kind in kinds)
 
 
 @pytest.mark.parametrize("left_out", ["slices", "header"])

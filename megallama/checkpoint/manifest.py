@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ VERSION = 2
 FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 #: Bytes. At 2,048 ranks and 65B parameters a manifest has about a thousandth of that.
 MOST_BYTES = 1 << 30
+#: Bytes of a rank's header; likewise 0.4 MiB.
+MOST_HEADER = 100_000_000
+MOST_DIMS = 8
+#: safetensors' words for what a checkpoint has.
+DTYPES = ("F64", "F32", "BF16")
 
 
 @dataclass(frozen=True)
@@ -170,14 +176,43 @@ def _read(path: Path, disk: Disk) -> bytes:
 
 
 def _manifest(path: Path, body: dict[str, Any]) -> Manifest:
-    """From a body whose hash is right."""
-    tensors = {n: Entry(e["dtype"], tuple(e["shape"])) for n, e in body["tensors"].items()}
-    files = tuple(RankFile(**file) for file in body["files"])
+    """From a body whose hash is right, which whoever crafts one can see to."""
+    try:
+        tensors = {n: Entry(e["dtype"], tuple(e["shape"])) for n, e in body["tensors"].items()}
+        files = tuple(RankFile(**file) for file in body["files"])
+        manifest = Manifest(
+            body["state"], body["config"], body["tokenizer_hash"], body["sources"], tensors, files
+        )
+        right = _has_types(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise CorruptError(
+            f"{path}: no manifest of a run, a value cannot be; name another"
+        )
     for file in files:
         if not FILE_NAME.fullmatch(file.name):  # none of ours: it may point elsewhere
             raise CorruptError(f"{path}: {file.name!r} is no name of a rank's file; name another")
-    return Manifest(
-        body["state"], body["config"], body["tokenizer_hash"], body["sources"], tensors, files
+    return manifest
+
+
+def _has_types(manifest: Manifest) -> bool:
+    """Whether every value is of its type and range. Raises where one is far from it."""
+    entries, files = manifest.tensors.values(), manifest.files
+    counts = [n for entry in entries for n in entry.shape]
+    counts += [n for file in files for n in (file.bytes, file.header_bytes)]
+    return (
+        all(type(n) is int and 0 < n < 2**63 for n in counts)
+        and all(entry.dtype in DTYPES and prod(entry.shape) < 2**60 for entry in entries)
+        and all(0 < len(entry.shape) <= MOST_DIMS for entry in entries)
+        and all(file.header_bytes <= min(file.bytes, MOST_HEADER) for file in files)
+        and all(0 <= int(file.holds, 16) < 1 << len(entries) for file in files)
+        and len({file.name for file in files}) == len(files)
+        and all(isinstance(file.name, str) and len(file.name) < 256 for file in files)
+        and all(isinstance(part, dict) for part in (manifest.config, *manifest.config.values()))
+        and all(type(value) in (int, float, str) for value in manifest.state.values())
+        and all(type(value) is str for value in manifest.sources.values())
+        and (manifest.tokenizer_hash is None or type(manifest.tokenizer_hash) is str)
     )
 
 

@@ -19,7 +19,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megallama.checkpoint.manifest import RankFile, Slice
+from megallama.checkpoint.manifest import MOST_DIMS, RankFile, Slice
+from megallama.errors import CorruptError
 from megallama.files import Disk
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
@@ -79,25 +80,50 @@ class Table:
     Each `Held` is made when it is asked for: at 2,048 ranks there are two million in the headers.
     """
 
-    def __init__(self, header: bytearray) -> None:
+    def __init__(self, path: Path, header: bytearray, size: int) -> None:
+        self._path, self._begin, self._size = path, len(header), size
         self._tensors: dict[str, Any] = json.loads(header[8:])
         self._more: dict[str, Any] = json.loads(self._tensors.pop("__metadata__")[TABLE])
-        self._begin = len(header)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __getitem__(self, name: str) -> Held:
-        tensor, more = self._tensors[name], self._more[name]
-        return Held(
-            tensor["dtype"],
-            tuple(more["shape"]),
-            tuple(more["start"]),
-            tuple(tensor["shape"]),
-            self._begin + tensor["data_offsets"][0],
-            more["rows"],
-            tuple(more["xxh3"]),
-        )
+        """Raises CorruptError where there is none such, or one that cannot be."""
+        try:
+            tensor, more = self._tensors[name], self._more[name]
+            held = Held(
+                tensor["dtype"],
+                tuple(more["shape"]),
+                tuple(more["start"]),
+                tuple(tensor["shape"]),
+                self._begin + tensor["data_offsets"][0],
+                more["rows"],
+                tuple(more["xxh3"]),
+            )
+            right = _can_be(held, self._size)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            right = False
+        if not right:
+            raise CorruptError(
+                f"{self._path}: its header has no {name!r} that can be; use an older checkpoint"
+            )
+        return held
+
+
+def _can_be(held: Held, size: int) -> bool:
+    """Whether a rectangle lies in its tensor and in a file of `size` bytes. A header's hash is no
+    signature: one that is crafted must not have memory taken or other bytes read."""
+    numbers = (*held.whole, *held.start, *held.shape, held.offset, held.rows)
+    return (
+        all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        and 0 < len(held.whole) == len(held.start) == len(held.shape) <= MOST_DIMS
+        and all(n > 0 for n in (*held.shape, held.rows))
+        and all(a + n <= end for a, n, end in zip(held.start, held.shape, held.whole, strict=True))
+        and held.rows * held.row_bytes <= max(BLOCK_BYTES, held.row_bytes)
+        and len(held.hashes) == -(-held.shape[0] // held.rows)
+        and held.offset + held.shape[0] * held.row_bytes <= size
+    )
 
 
 def write_rank_file(path: Path, rectangles: Sequence[Rectangle], disk: Disk) -> RankFile:
@@ -133,9 +159,9 @@ def read_header(descriptor: int, file: RankFile, disk: Disk) -> bytearray:
     return raw
 
 
-def read_table(descriptor: int, file: RankFile, disk: Disk) -> Table:
+def read_table(path: Path, descriptor: int, file: RankFile, disk: Disk) -> Table:
     """What a file holds, by its verified header. Raises as `read_header`."""
-    return Table(read_header(descriptor, file, disk))
+    return Table(path, read_header(descriptor, file, disk), file.bytes)
 
 
 def _header(rectangles: Sequence[Rectangle]) -> bytes:

@@ -88,7 +88,7 @@ class Checkpoint:
             piece
             for file in self.manifest.files
             if file.may_hold(number)
-            for piece in self._table(file)[name].slices(file.name)
+            for piece in self._held(file, self._table(file), name).slices(file.name)
         ]
 
     def verify(self) -> None:
@@ -98,11 +98,21 @@ class Checkpoint:
             path = self.directory / file.name
             with opened(path, file, self._disk) as (descriptor, table):
                 for name in table:
-                    held = table[name]
+                    held = self._held(file, table, name)
                     tilings[name].add(held.start, held.shape)
                     for piece in held.slices(file.name):
                         read_slice(path, name, piece, descriptor, self._disk)
         refuse_gaps(self.directory, tilings)
+
+    def _held(self, file: RankFile, table: Table, name: str) -> Held:
+        """What a file has of a tensor. Raises CorruptError where it is not the manifest's."""
+        held, entry = table[name], self._entry(name)
+        if (held.dtype, held.whole) != (entry.dtype, entry.shape):
+            raise CorruptError(
+                f"{self.directory / file.name}: tensor {name!r} is not the manifest's; use an "
+                "older checkpoint"
+            )
+        return held
 
     def _number(self, name: str) -> int:
         self._entry(name)
@@ -144,7 +154,7 @@ class Checkpoint:
                 if keep_tables:
                     self._tables[file.name] = table
                 for name in names:
-                    held = table[name]
+                    held = self._held(file, table, name)
                     for want in open_wants[name]:
                         missing[name] -= self._copy(path, held, want, descriptor)
         for name, count in missing.items():
@@ -181,7 +191,7 @@ def opened(
     with _reading(path, disk) as descriptor:
         if known is None:
             try:
-                known = read_table(descriptor, file, disk)
+                known = read_table(path, descriptor, file, disk)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise _damaged_header(path) from None
         yield descriptor, known

@@ -52,6 +52,16 @@ class Weights(Protocol):
         """The rows of a tensor (elements of a vector) in order, a block at a time."""
 
 
+def checkpoint_config(checkpoint: Checkpoint) -> Config:
+    """The config of the run that a checkpoint is of. Raises CorruptError where it is none."""
+    try:
+        return parse_config(checkpoint.manifest.config)
+    except ConfigError as error:
+        raise CorruptError(
+            f"{checkpoint.directory}: its config is no run's: {'; '.join(str(error).splitlines())}"
+        ) from None
+
+
 def part_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Name and shape of every global tensor, in the order of the table."""
     return {part.name: part.shape for weight in parameter_table(model) for part in weight.parts}
@@ -80,7 +90,7 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self.config = parse_config(checkpoint.manifest.config)
+        self.config = checkpoint_config(checkpoint)
         for name, shape in part_shapes(self.config.model).items():
             entry = checkpoint.manifest.tensors.get(f"{MASTER}/{name}")
             if entry is None or entry.shape != shape:

@@ -67,12 +67,11 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
     from math import prod
 
     from megallama.checkpoint.manifest import MANIFEST
-    from megallama.checkpoint.weights import part_shapes
-    from megallama.config.load import parse_config
+    from megallama.checkpoint.weights import checkpoint_config, part_shapes
 
     manifest = checkpoint.manifest
     written = (checkpoint.directory / MANIFEST).stat().st_mtime
-    shapes = part_shapes(parse_config(manifest.config).model)
+    shapes = part_shapes(checkpoint_config(checkpoint).model)
     return {
         "path": str(checkpoint.directory),
         "step": manifest.state.get("step"),

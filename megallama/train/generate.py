@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megallama.autograd.passes import drive
-from megallama.config.load import parse_config
+from megallama.checkpoint.weights import checkpoint_config
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import ConfigError
 from megallama.train.build import build_lone_model
@@ -28,7 +28,7 @@ def generate(path: Path, prompt: str, count: int) -> str:
         CorruptError: the checkpoint is damaged.
     """
     checkpoint = find_checkpoint(path)
-    config = parse_config(checkpoint.manifest.config)
+    config = checkpoint_config(checkpoint)
     if config.data.tokenizer is None:
         raise ConfigError(f"{path}: trained without data.tokenizer, so it cannot read a prompt")
     beside = checkpoint.directory / "tokenizer.model"  # a converted one's; it may have moved

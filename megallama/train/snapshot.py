@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -30,7 +30,7 @@ from megallama.checkpoint.weights import MASTER
 from megallama.config.changes import Kind, changes, refuse_changes
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
-from megallama.errors import ConfigError, LostError, UserError
+from megallama.errors import ConfigError, CorruptError, LostError, UserError
 from megallama.files import Disk
 from megallama.model.llama import Llama
 from megallama.parallel.zero import Zero
@@ -144,7 +144,7 @@ def read_state(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Pr
     _refuse_other_run(trainer.config, checkpoint)
     _refuse_other_data(trainer.config, checkpoint, dataset)
     checkpoint.fill(_wants(trainer), near=trainer.place.rank)
-    progress = Progress(**checkpoint.manifest.state)
+    progress = progress_of(checkpoint)
     trainer.optimizer.updates = progress.updates
     return progress
 
@@ -194,11 +194,24 @@ def _wants(trainer: Trainer) -> Iterator[Want]:
             yield Want(f"{kind}/{piece.part.name}", piece.region, tensor)
 
 
+def progress_of(checkpoint: Checkpoint) -> Progress:
+    """The counters of a checkpoint. Raises CorruptError where they are none of a run's."""
+    state = checkpoint.manifest.state
+    known = {key.name for key in fields(Progress)}
+    if state.keys() - known or any(type(n) is not int or n < 0 for n in state.values()):
+        raise CorruptError(f"{checkpoint.directory}: its counters are no run's; use another")
+    return Progress(**state)
+
+
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:
     """What never changes in a run. What needs permission `changed_keys` sees to."""
     facts = checkpoint.manifest
-    samples, length = facts.state["samples"], facts.config["train"]["sequence_length"]
-    found = changes(facts.config, config.model_dump(mode="json"), samples)
+    samples = progress_of(checkpoint).samples
+    try:
+        length = facts.config["train"]["sequence_length"]
+        found = changes(facts.config, config.model_dump(mode="json"), samples)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CorruptError(f"{checkpoint.directory}: its config is no run's; use another") from None
     never = [change for change in found if change.kind is Kind.NEVER]
     refuse_changes(never, (), checkpoint.directory, samples * length)
 

@@ -68,7 +68,7 @@ def test_a_claim_is_small_where_there_are_many_tensors() -> None:
         **{f"t{n}": {"dtype": "F32", "shape": [4, 64], "data_offsets": [1024 * n, 1024 * (n + 1)]}
            for n in range(1700)},
     }  # fmt: skip
-    table = Table(bytearray(8) + json.dumps(header).encode())
+    table = Table(Path("x"), bytearray(8) + json.dumps(header).encode(), 1 << 30)
     assert len(pack(RankFile("rank-00000.safetensors", 1, 1, ""), table)) < 10 * 1700
 
 

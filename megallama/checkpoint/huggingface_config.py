@@ -45,7 +45,7 @@ def model_from_json(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if given.get(key, plain[0]) not in plain:
             raise _refusal(path, key, given[key], "megallama has LLaMA without it alone")
     for key in _SHAPE.values():
-        if not isinstance(given.get(key), int):
+        if type(given.get(key)) is not int:
             raise _refusal(path, key, given.get(key), "set it to a whole number")
     model = {ours: given[theirs] for ours, theirs in _SHAPE.items()}
     width, heads = given["hidden_size"], given["num_attention_heads"]

@@ -187,9 +187,7 @@ def _manifest(path: Path, body: dict[str, Any]) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError):
         right = False
     if not right:
-        raise CorruptError(
-            f"{path}: no manifest of a run, a value cannot be; name another"
-        )
+        raise CorruptError(f"{path}: no manifest of a run, a value cannot be; name another")
     for file in files:
         if not FILE_NAME.fullmatch(file.name):  # none of ours: it may point elsewhere
             raise CorruptError(f"{path}: {file.name!r} is no name of a rank's file; name another")

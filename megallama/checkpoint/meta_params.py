@@ -11,6 +11,7 @@ from megallama.errors import ConfigError
 
 _SHAPE = {"d_model": "dim", "layers": "n_layers", "heads": "n_heads"}
 _THETA = 10000.0  # what LLaMA 1 and 2 have without naming it
+_LARGEST = 10**9  # no width or count comes near it, and products of two have a float
 _MULTIPLE = 256  # likewise, of the feed-forward width
 # Llama 3.1's: use_scaled_rope stands for all four in Meta's code, newer releases name two of them.
 _SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
@@ -26,15 +27,21 @@ def model_from_params(params: Mapping[str, Any], vocab: int, path: Path) -> dict
         ConfigError: a key is missing, or the vocabulary is another.
     """
     for key in _SHAPE.values():
-        if not isinstance(params.get(key), int):
+        if not _is_count(params.get(key)):
             raise ConfigError(f"{path}: {key} is missing or no whole number; set it")
     if "norm_eps" not in params:  # a default taken in silence would be another model
         raise ConfigError(f"{path}: norm_eps is missing; set it to what the model was trained with")
     multiple, multiplier = params.get("multiple_of", _MULTIPLE), params.get("ffn_dim_multiplier")
-    if not (isinstance(multiple, int) and multiple > 0):
-        raise ConfigError(f"{path}: multiple_of={multiple} is no positive whole number; set it")
-    if not isinstance(multiplier, int | float | None):
-        raise ConfigError(f"{path}: ffn_dim_multiplier={multiplier} is no number; set it")
+    if not _is_count(multiple):
+        raise ConfigError(
+            f"{path}: multiple_of={multiple} is no positive whole number that can be; set it"
+        )
+    if multiplier is not None and not (
+        type(multiplier) in (int, float) and 0 < multiplier < _LARGEST
+    ):
+        raise ConfigError(
+            f"{path}: ffn_dim_multiplier={multiplier} is no number that can be; set it"
+        )
     if params.get("vocab_size", -1) not in (-1, vocab):  # LLaMA 1 and 2 leave it to the tokenizer
         raise ConfigError(
             f"{path}: vocab_size={params['vocab_size']}, but the embedding has {vocab} rows; fetch "
@@ -61,6 +68,10 @@ def model_from_params(params: Mapping[str, Any], vocab: int, path: Path) -> dict
         given = {ours: params[theirs] for ours, theirs in named.items() if params.get(theirs)}
         model["rope_scaling"] = {**_SCALING.model_dump(), **given}
     return model
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
 
 
 def params_of(model: Model) -> dict[str, Any]:

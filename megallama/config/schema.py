@@ -72,6 +72,8 @@ COUNT_LIMIT = 10**15
 # Strict: pydantic would otherwise take `yes` for 1, 2.0 for 2 and "4" for 4.
 Count = Annotated[int, Field(strict=True, gt=0, lt=COUNT_LIMIT)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, lt=COUNT_LIMIT)]
+# A table of more would take all memory; the largest models known have about a hundred.
+Layers = Annotated[int, Field(strict=True, gt=0, lt=10_000)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Tokens = Annotated[int, BeforeValidator(_whole), Field(strict=True, gt=0, lt=COUNT_LIMIT)]
 Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
@@ -139,7 +141,7 @@ class Model(Section):
     """A published shape; the other keys of this section override its values."""
     d_model: Count
     """Width of the residual stream."""
-    layers: Count
+    layers: Layers
     """Number of decoder layers."""
     heads: Count
     """Number of query heads. The head width, d_model / heads, must be whole and even."""

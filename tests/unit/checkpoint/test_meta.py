@@ -450,7 +450,7 @@ def test_tensors_that_do_not_fit(source: Path, tmp_path: Path) -> None:
         ({"vocab_size": 61}, "vocab_size=61, but the embedding has 60 rows"),
         ({"n_heads": 5}, "model.heads=5: does not divide"),
         ({"multiple_of": 0}, "multiple_of=0 is no positive whole number"),
-        ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier=1.3 is no number"),
+        ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier=1.3 is no number that can be"),
     ],
 )
 def test_params_that_do_not_fit(source: Path, changes: dict[str, Any], words: str) -> None:

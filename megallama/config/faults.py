@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple, get_args
@@ -13,6 +14,7 @@ from megallama.config.aliases import find_alias
 from megallama.config.schema import Config
 
 _SHOWN = 60  # characters of a value
+_SECRET = re.compile(r"(key|token|secret|passw(or)?d|credentials?|auth)$", re.IGNORECASE)
 
 # What is wrong, and the remedy, for each kind of error that the schema can give.
 _WORDING = {
@@ -28,6 +30,7 @@ _WORDING = {
     ),
     "string_too_long": ("is too long", "give at most {max_length} characters"),
     "split": ("is not a split of layers", "use 'cost', 'even' or a list such as [3, 5]"),
+    "address": ("is an address", "give the path of a file that this machine has"),
     "nul": ("holds a NUL character", "remove it"),
     "literal_error": ("is not a choice", "use {expected}"),
     "greater_than": ("is too small", "give a value above {gt:g}"),
@@ -53,7 +56,12 @@ class Fault(NamedTuple):
 
 
 def at(key: str, value: object) -> str:
-    """`key=value`, the value as YAML writes it, on one line and cut where it is long."""
+    """`key=value`, the value as YAML writes it, on one line and cut where it is long.
+
+    A value that may be a secret is not shown: messages go to logs that others read.
+    """
+    if is_secret(key, value):
+        return f"{key}=(not shown)"
     try:
         dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
     except yaml.YAMLError:  # not a YAML type: the caller made the mapping in Python
@@ -62,6 +70,21 @@ def at(key: str, value: object) -> str:
         dumped = "..."
     dumped = dumped.removesuffix("...\n")
     return f"{key}={shorten(dumped)}"
+
+
+def is_secret(key: str, value: object) -> bool:
+    """Whether a key is one that secrets have, here or within its value, or a value an address."""
+    left: list[tuple[str, object]] = [(key, value)]
+    seen: set[int] = set()  # YAML's aliases make of a few lines a tree without end
+    while left:
+        name, inner = left.pop()
+        if _SECRET.search(name) or (isinstance(inner, str) and "://" in inner):
+            return True
+        if isinstance(inner, Mapping | list | tuple) and id(inner) not in seen:
+            seen.add(id(inner))
+            pairs = inner.items() if isinstance(inner, Mapping) else ((name, i) for i in inner)
+            left += ((str(name), item) for name, item in pairs)
+    return False
 
 
 def shorten(text: str) -> str:

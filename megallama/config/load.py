@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from megallama.config.checks import cross_check
-from megallama.config.faults import Fault, explain, shorten
+from megallama.config.faults import Fault, explain, is_secret, shorten
 from megallama.config.schema import Config
 from megallama.errors import ConfigError
 
@@ -145,7 +145,9 @@ def _override(tree: dict[str, Any], text: str) -> list[Fault]:
     """Sets one `section.key=value` in the tree, or says why it cannot be set."""
     path, equals, value = text.partition("=")
     if not path or not equals:
-        return [Fault(text, "is not section.key=value", "write for example train.steps=100")]
+        return [
+            Fault(shorten(text), "is not section.key=value", "write for example train.steps=100")
+        ]
     keys = [int(key) if key.isdecimal() else key for key in path.split(".")]
     node: Any = tree
     try:
@@ -156,7 +158,13 @@ def _override(tree: dict[str, Any], text: str) -> list[Fault]:
         node[keys[-1]] = _parse(value)
     except _NOT_YAML as error:
         wrong = f"its value is not YAML ({_problem(error)})"
-        return [Fault(shorten(text), wrong, "quote it, or close its brackets")]
+        return [Fault(_shown(path, value), wrong, "quote it, or close its brackets")]
     except (TypeError, IndexError):
-        return [Fault(shorten(text), "names no place in the config", "check the path to the key")]
+        wrong = "names no place in the config"
+        return [Fault(_shown(path, value), wrong, "check the path to the key")]
     return []
+
+
+def _shown(key: str, value: str) -> str:
+    """An override as it was given, but for a secret."""
+    return f"{key}=(not shown)" if is_secret(key, value) else shorten(f"{key}={value}")

@@ -58,6 +58,13 @@ def _no_nul(path: Path) -> Path:
     return path
 
 
+def _no_address(value: object) -> object:
+    """An address may have a password in it, and paths are written to logs and checkpoints."""
+    if isinstance(value, str) and "://" in value:
+        raise PydanticCustomError("address", "is an address")
+    return value
+
+
 def _one_fault(value: object, check: ValidatorFunctionWrapHandler) -> object:
     """pydantic names a fault for each alternative of a union; give one for the value."""
     try:
@@ -83,7 +90,7 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 # A name is a file's too, with a suffix: file systems take 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
-Place = Annotated[Path, AfterValidator(_no_nul)]
+Place = Annotated[Path, BeforeValidator(_no_address), AfterValidator(_no_nul)]
 Split = Annotated[Literal["cost", "even"] | tuple[Count, ...], WrapValidator(_one_fault)]
 
 

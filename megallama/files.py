@@ -95,10 +95,10 @@ def read_plain(path: Path, most: int, verb: str = "read") -> bytes:
     Raises as `open_plain`, and CorruptError for a larger one.
     """
     with plain_file(path, verb) as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
-        raise CorruptError(f"{path}: over {most:,} bytes, the most that such a file may have")
-    return raw
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise CorruptError(f"{path}: {size:,} bytes, and such a file has {most:,} at most")
+        return file.read(size)  # a count of its own: `read` takes memory for what it is asked for
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:

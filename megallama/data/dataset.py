@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megallama.data.order import Phase, SampleOrder
-from megallama.data.token_files import IntArray, TokenFile, check_vocab
+from megallama.data.token_files import TokenFile, check_vocab
+from megallama.data.token_index import IntArray
 from megallama.data.verify import verify
 from megallama.errors import ConfigError
 from megallama.spec.labels import IGNORE

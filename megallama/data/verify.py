@@ -9,7 +9,8 @@ import numpy as np
 import xxhash
 
 from megallama.data.sidecar import BLOCK_BYTES
-from megallama.data.token_files import TokenFile, TokenIndex, check_vocab, with_suffix
+from megallama.data.token_files import TokenFile, check_vocab, with_suffix
+from megallama.data.token_index import TokenIndex
 from megallama.data.tokenizer import Tokenizer
 from megallama.errors import ConfigError, CorruptError
 from megallama.files import plain_file

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megallama.cli.main import main
-from megallama.data.token_files import HEADER, MAGIC
+from megallama.data.token_index import HEADER, MAGIC
 from tests.conftest import TinyData
 from tests.security.crafted import device, link, pipe, put
 from tests.security.test_crafted import DEEP, HUGE, Attack, Bait, bounded, refused

@@ -185,6 +185,8 @@ class Profile(Strict):
     """First step that is recorded."""
     steps: Count = 1
     """Number of steps that are recorded."""
+    ranks: tuple[CountOrZero, ...] | None = Field(default=None, min_length=1)
+    """Ranks that are recorded; null: all of them."""
 
 
 class Train(Section):
@@ -212,7 +214,8 @@ class Train(Section):
     max_minutes: Positive | None = None
     """Save and stop after so many minutes (exit code 75); null: no limit."""
     profile: Profile | None = None
-    """Steps of every rank to record as a timeline in RUN_DIR/profile/, or null."""
+    """Steps to record as a timeline in RUN_DIR/profiles/, or null. A file RUN_DIR/profile, empty or
+    with these keys, asks for the same while the run goes on."""
 
     @property
     def total_steps(self) -> int:

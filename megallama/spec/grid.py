@@ -99,7 +99,8 @@ def make_grid(config: Config, processes: int) -> Grid:
     """The grid of a run with so many processes; `parallel.data` follows where it is null.
 
     Raises:
-        ConfigError: the processes do not fill the grid, or its data ranks do not divide the batch.
+        ConfigError: the processes do not fill the grid, its data ranks do not divide the batch, or
+            a rank that is to be recorded is not among them.
     """
     parallel, train = config.parallel, config.train
     model_ranks = parallel.tensor * parallel.pipeline
@@ -119,5 +120,10 @@ def make_grid(config: Config, processes: int) -> Grid:
         raise ConfigError(
             f"train.global_batch={train.global_batch}: is not a multiple of train.micro_batch="
             f"{train.micro_batch} x {data} data ranks; {above} is"
+        )
+    last = max(train.profile.ranks or (0,)) if train.profile else 0
+    if last >= processes:
+        raise ConfigError(
+            f"train.profile.ranks: there is no rank {last}; name some of 0 to {processes - 1}"
         )
     return Grid(tensor=parallel.tensor, data=data, pipeline=parallel.pipeline)

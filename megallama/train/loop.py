@@ -134,11 +134,14 @@ class Loop:
         layer_norms = bool(norms_every) and step % norms_every == 0
         self.profile.before(step)
         result = self.trainer.step.run(
-            batch, lr, layer_norms, lambda: (*self.guard.alarms(step), *requests())
+            batch,
+            lr,
+            layer_norms,
+            lambda: (*self.guard.alarms(step), self.profile.asked(), *requests()),
         )
         self.guard.heed(result.requests[:2], step)
         seconds = time.perf_counter() - began
-        self.profile.after(step)
+        self.profile.after(step, result.requests[2])
         self.guard.stragglers.after(step, seconds)
         progress.step = step
         progress.samples += config.train.global_batch
@@ -152,7 +155,7 @@ class Loop:
             step % config.validation.every == 0 or step == self.total_steps
         ):
             self._validate()
-        return result.requests[2:]
+        return result.requests[3:]
 
     def _batch(self) -> Batch:
         place = self.trainer.place

@@ -17,7 +17,7 @@ from megallama.files import write_atomic
 from megallama.train.comparison import Comparison
 from megallama.train.picture import draw, subtitle
 from megallama.train.record import RunRecord, shape_words, summarise
-from megallama.train.trace import Timeline, timeline_name
+from megallama.train.trace import FOLDER, Timeline, timeline_name
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -108,7 +108,7 @@ def _recorded(timeline: Timeline) -> str:
     ranks = f"{len(timeline.ranks)} rank" + "s" * (len(timeline.ranks) > 1)
     return (
         f"step {timeline.step}, {1e3 * timeline.seconds:,.0f} ms on {ranks}; "
-        f"profile/{timeline_name(timeline.step)} opens in Perfetto"
+        f"{FOLDER}/{timeline_name(timeline.step)} opens in Perfetto"
     )
 
 

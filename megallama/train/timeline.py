@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megallama.dist.recorder import Event
-from megallama.train.trace import RankTimeline, Timeline
+from megallama.train.trace import RankTimeline, Timeline, beside
 
 INK = "#1f2933"
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9691e", "#3a8f4d", "#a4aeb8"
@@ -40,10 +41,23 @@ Boxes = dict[tuple[tuple[float, float], str], list[tuple[float, float]]]
 
 def shown_ranks(timeline: Timeline) -> Sequence[RankTimeline]:
     """The ranks that get a row: all, or some from every part of a large grid."""
-    ranks = timeline.ranks
-    if len(ranks) <= MOST_ROWS:
+    return _some(timeline.ranks, MOST_ROWS)
+
+
+def shown_beside(measured: Timeline, predicted: Timeline) -> Timeline:
+    """What `draw_timeline` is to be given for a measured step beside its prediction.
+
+    Each shown rank has a row, and its prediction the next. Both are drawn to one scale, from the
+    step's begin.
+    """
+    ranks = tuple(_some(measured.ranks, MOST_ROWS // 2))
+    return beside(replace(measured, ranks=ranks), predicted)
+
+
+def _some(ranks: Sequence[RankTimeline], count: int) -> Sequence[RankTimeline]:
+    if len(ranks) <= count:
         return ranks
-    return [ranks[i * len(ranks) // MOST_ROWS] for i in range(MOST_ROWS)]
+    return [ranks[i * len(ranks) // count] for i in range(count)]
 
 
 def draw_timeline(axes: Any, timeline: Timeline) -> None:

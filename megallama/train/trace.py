@@ -1,8 +1,8 @@
 """A measured timeline as a file: Chrome's trace event format, which Perfetto and Chrome open.
 
-Each rank is a process of the trace. Its thread 0 holds the passes; each of its groups has a thread
-of its own, since operations of different groups overlap, and what overlaps in a thread is dropped
-by Perfetto. Times are in microseconds from the earliest event on.
+Each recorded rank is a process of the trace. Its thread 0 holds the passes; each of its groups has
+a thread of its own, since operations of different groups overlap, and what overlaps in a thread is
+dropped by Perfetto. Times are in microseconds from the earliest event on.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from megallama.dist.recorder import Event
 from megallama.errors import ConfigError
 from megallama.files import refuse_os_errors
 
 COMPUTE_THREAD = 0
+#: Of a run, where its timelines are. `RUN_DIR/profile` is what asks for one.
+FOLDER = "profiles"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RankTimeline:
 
 @dataclass(frozen=True)
 class Timeline:
-    """All ranks from training step `step` on, in seconds from the earliest event on."""
+    """The recorded ranks from training step `step` on, in seconds from the earliest event on."""
 
     step: int
     ranks: tuple[RankTimeline, ...]
@@ -47,8 +49,54 @@ class Timeline:
         return max((event.end for rank in self.ranks for event in rank.events), default=0.0)
 
 
+class Span(NamedTuple):
+    """A stretch of a predicted step, in seconds from the step's begin.
+
+    `kind`: as `Event.kind`, of a pass or the name of a group; `name`: as `Event.text`, such as
+    `F(0, 3)`.
+    """
+
+    rank: int
+    name: str
+    start: float
+    end: float
+    kind: str
+
+
+#: Kinds of the events of a rank's own lane; others are names of groups.
+COMPUTED = frozenset(("F", "B", "W", "BW", "FB", "reduce", "step"))
+
+
+def predicted_timeline(step: int, spans: Iterable[Span], names: Mapping[int, str]) -> Timeline:
+    """A timeline of what was predicted, as if it had been measured.
+
+    `names`: what each rank is called, and which ranks there are, in this order.
+    """
+    events: dict[int, list[Event]] = {rank: [] for rank in names}
+    for span in spans:
+        lane: Literal["compute", "communication"]
+        lane = "compute" if span.kind in COMPUTED else "communication"
+        events[span.rank].append(Event(lane, span.kind, span.name, span.start, span.end))
+    ranks = (RankTimeline(names[rank], "", tuple(own)) for rank, own in events.items())
+    return Timeline(step, tuple(ranks))
+
+
+def beside(measured: Timeline, predicted: Timeline) -> Timeline:
+    """Every measured rank over the predicted one of the same name, as one file.
+
+    A rank that is not predicted stands alone; one that is not measured is left out.
+    """
+    found = {rank.name: rank for rank in predicted.ranks}
+    rows: list[RankTimeline] = []
+    for rank in measured.ranks:
+        rows.append(rank)
+        if rank.name in found:
+            rows.append(replace(found[rank.name], name="predicted"))
+    return Timeline(measured.step, tuple(rows))
+
+
 def timeline_name(step: int) -> str:
-    """The file's name, in RUN_DIR/profile."""
+    """The file's name, in RUN_DIR/profiles."""
     return f"step-{step:08d}.json"
 
 
@@ -145,7 +193,7 @@ def read_timeline(run_dir: Path) -> Timeline | None:
 
     Raises ConfigError where the file is not as `trace_of` makes it.
     """
-    paths = sorted((run_dir / "profile").glob("step-*.json"))
+    paths = sorted((run_dir / FOLDER).glob("step-*.json"))
     if not paths:
         return None
     path = paths[-1]

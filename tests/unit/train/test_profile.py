@@ -18,7 +18,7 @@ from megallama.spec.grid import Grid, Place
 from megallama.train.meeting import Meeting
 from megallama.train.process import ALONE, Process
 from megallama.train.profile import Profile, clock_name
-from megallama.train.trace import read_timeline
+from megallama.train.trace import FOLDER, read_timeline
 from tests.conftest import MakeConfig
 from tests.dist.processes import LOCAL, run_on
 from tests.unit.train.timelines import ran
@@ -63,13 +63,13 @@ def texts(config: Any) -> list[list[str]]:
 
 
 def files(config: Any) -> list[str]:
-    return sorted(path.name for path in config.run.directory.glob("profile/*"))
+    return sorted(path.name for path in config.run.directory.glob(f"{FOLDER}/*"))
 
 
 def test_one_step_is_recorded_and_no_other(profiled: Any) -> None:
     config = profiled(start=3)
     said = walk(trainer_of(config, lone_groups()), range(1, 7))
-    path = config.run.directory / "profile" / "step-00000003.json"
+    path = config.run.directory / FOLDER / "step-00000003.json"
     assert said == [f"timeline of step 3: {path}"]
     assert files(config) == ["step-00000003.json"]
     assert texts(config) == [["F(0, 3)"]]
@@ -104,12 +104,12 @@ def test_nothing_is_recorded_unasked_or_of_steps_that_are_over(
     assert files(config) == []
 
 
-@pytest.mark.parametrize("blocked", ["profile", "profile/step-00000003.json"])
+@pytest.mark.parametrize("blocked", [FOLDER, f"{FOLDER}/step-00000003.json"])
 def test_a_file_that_cannot_be_written_ends_no_run(profiled: Any, blocked: str) -> None:
     config = profiled(start=3)
     place: Path = config.run.directory / blocked
     place.parent.mkdir(parents=True)
-    if blocked == "profile":
+    if blocked == FOLDER:
         place.write_text("a file")
     else:
         place.mkdir()
@@ -134,7 +134,7 @@ def test_rank_0_writes_what_all_ranks_recorded(profiled: Any) -> None:
 
     with ThreadPoolExecutor(grid.size) as threads:
         said = list(threads.map(live, range(grid.size)))
-    path = config.run.directory / "profile" / "step-00000001.json"
+    path = config.run.directory / FOLDER / "step-00000001.json"
     assert said == [[f"timeline of step 1: {path}"]] * grid.size
     assert texts(config) == [[f"F(0, {rank})"] for rank in range(grid.size)]
     timeline = read_timeline(config.run.directory)

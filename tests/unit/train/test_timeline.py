@@ -28,9 +28,10 @@ from megallama.train.timeline import (
     draw_timeline,
     legend_entries,
     lighter,
+    shown_beside,
     shown_ranks,
 )
-from megallama.train.trace import RankTimeline, Timeline, timeline_name, trace_of
+from megallama.train.trace import FOLDER, RankTimeline, Timeline, timeline_name, trace_of
 from tests.unit.train.test_report import Page, make_run, step_row
 from tests.unit.train.timelines import TICK, moved, ran, rank
 
@@ -166,6 +167,17 @@ def test_of_many_ranks_some_of_every_part_are_shown(count: int) -> None:
     assert gaps.max() - gaps.min() <= 1
 
 
+def test_of_many_ranks_beside_their_prediction_pairs_are_shown() -> None:
+    ranks = tuple(rank(str(i), ran("F(0, 0)", 0, i + 1)) for i in range(100))
+    both = shown_beside(Timeline(1, ranks), Timeline(1, ranks))
+    assert shown_ranks(both) == both.ranks
+    assert len(both.ranks) == MOST_ROWS
+    for over, under in zip(both.ranks[::2], both.ranks[1::2], strict=True):
+        assert (under.name, under.events) == ("predicted", over.events)
+    axes = drawn(*shown_beside(Timeline(50, ranks[8:9]), Timeline(1, ranks[8:9])).ranks)
+    assert {(b, e, int(top)) for _, b, e, top, _ in boxes(axes)} == {(0, 9, 0), (0, 9, 1)}
+
+
 def test_an_empty_timeline_is_drawn() -> None:
     assert boxes(drawn(rank("a"))) == set()
 
@@ -181,15 +193,15 @@ def run(tmp_path: Path) -> RunRecord:
     timeline = Timeline(
         50, (rank("a", ran("F(0, 0)", 0, 256)), rank("b", ran("W(0, 0)", 256, 512)))
     )
-    (run_dir / "profile").mkdir()
-    (run_dir / "profile" / timeline_name(50)).write_bytes(trace_of(timeline))
+    (run_dir / FOLDER).mkdir()
+    (run_dir / FOLDER / timeline_name(50)).write_bytes(trace_of(timeline))
     return read_run(run_dir)
 
 
 def test_the_report_has_the_recorded_step(run: RunRecord) -> None:
     page = Page(render_page(run, draw(run)))
     assert page.table["recorded step"] == (
-        "step 50, 1,000 ms on 2 ranks; profile/step-00000050.json opens in Perfetto"
+        "step 50, 1,000 ms on 2 ranks; profiles/step-00000050.json opens in Perfetto"
     )
 
 

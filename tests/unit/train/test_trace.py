@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from megallama.dist.recorder import Event
 from megallama.errors import ConfigError
 from megallama.train.trace import (
+    FOLDER,
     RankTimeline,
+    Span,
     Timeline,
+    beside,
     dump_rank,
     load_rank,
     on_one_clock,
+    predicted_timeline,
     read_timeline,
     timeline_name,
     trace_of,
@@ -36,7 +40,7 @@ TWO_RANKS = Timeline(
 
 
 def written(run_dir: Path, timeline: Timeline) -> Path:
-    path = run_dir / "profile" / timeline_name(timeline.step)
+    path = run_dir / FOLDER / timeline_name(timeline.step)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(trace_of(timeline))
     return path
@@ -193,14 +197,49 @@ BOX = {"name": "F(0, 0)", "cat": "F", "ph": "X", "ts": 0.0, "dur": 1.0, "pid": 0
     ids=lambda content: content[:24],
 )
 def test_a_file_that_is_no_timeline_is_named(tmp_path: Path, content: Any) -> None:
-    (tmp_path / "profile").mkdir()
-    (tmp_path / "profile" / "step-00000001.json").write_text(content)
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "step-00000001.json").write_text(content)
     with pytest.raises(ConfigError, match=r"step-00000001\.json is no timeline") as caught:
         read_timeline(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_in_a_timeline_s_place_is_named(tmp_path: Path) -> None:
-    (tmp_path / "profile" / "step-00000001.json").mkdir(parents=True)
+    (tmp_path / FOLDER / "step-00000001.json").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"cannot read .*step-00000001\.json"):
         read_timeline(tmp_path)
+
+
+# Predictions
+
+
+def test_a_prediction_is_a_timeline_like_a_measured_one() -> None:
+    """The spans of two ranks by hand, given in any order; a third rank has none."""
+    spans = [
+        Span(1, "activations", 5 * TICK, 6 * TICK, "pipeline 0>1"),
+        Span(0, "F(0, 0)", 0, 8 * TICK, "F"),
+        Span(1, "all_gather", TICK, 2 * TICK, "tensor"),
+        Span(0, "Reduce(chunk=0)", 8 * TICK, 9 * TICK, "reduce"),
+    ]
+    names = {0: "pp 0", 1: "pp 1", 5: "pp 2"}
+    assert predicted_timeline(7, spans, names) == Timeline(
+        7,
+        (
+            rank("pp 0", ran("F(0, 0)", 0, 8), ran("Reduce(chunk=0)", 8, 9, "reduce")),
+            rank("pp 1", moved("pipeline 0>1", 5, 6, "activations"), moved("tensor", 1, 2)),
+            rank("pp 2"),
+        ),
+    )
+
+
+def test_a_measured_rank_stands_over_its_prediction(tmp_path: Path) -> None:
+    measured = Timeline(50, (rank("a", ran("F(0, 0)", 0, 8)), rank("b", ran("W(0, 0)", 1, 2))))
+    predicted = Timeline(9, (rank("c", ran("F(0, 0)", 0, 1)), rank("a", ran("F(0, 0)", 0, 9))))
+    both = beside(measured, predicted)
+    assert [(r.name, r.events) for r in both.ranks] == [
+        ("a", measured.ranks[0].events),
+        ("predicted", predicted.ranks[1].events),
+        ("b", measured.ranks[1].events),
+    ]
+    written(tmp_path, both)
+    assert read_timeline(tmp_path) == both

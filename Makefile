@@ -10,6 +10,7 @@
 # make bench-cpu compare a training step with Hugging Face's, in one run
 # make test-gpu, make bench-gpu   what needs a GPU, with PYTHON=python3 and without .venv
 # make bench-kernels   the CPU kernels of csrc/ against their PyTorch references
+# make bench-checkpoints   saving and loading, beside a raw copy and PyTorch's distributed checkpoints
 # make bench-schedules   measured pipeline schedules beside the simulated ones
 # make bench-network   how much communication is hidden, between two network namespaces (root)
 
@@ -20,7 +21,7 @@ DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
 .PHONY: demo train-demo install lint test chaos test-layouts test-schedules fuzz bench-cpu bench-kernels \
-	power-loss mutations pairs bench-schedules bench-network test-gpu bench-gpu clean
+	power-loss mutations pairs bench-checkpoints bench-schedules bench-network test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: train-demo $(ONE)/compared
@@ -104,6 +105,10 @@ bench-cpu: .venv/installed-test
 bench-kernels: .venv/installed-test
 	.venv/bin/python benchmarks/kernels_cpu.py --json benchmarks/results/kernels-cpu.json
 	.venv/bin/python benchmarks/attention_cpu.py --json benchmarks/results/attention-cpu.json
+
+bench-checkpoints: .venv/installed-test
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/checkpoints.py \
+		--json benchmarks/results/checkpoints-cpu.json
 
 bench-schedules: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/pipeline_schedules.py \

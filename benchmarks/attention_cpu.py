@@ -15,11 +15,8 @@ gradients into another. PyTorch's kernel returns its own.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import about, cpu_variant, save
 from torch import Tensor
 
-from megallama.kernels import native
 from megallama.kernels.attention import attention_backward, attention_forward
-from megallama.train.doctor import processor, versions
 
 
 @dataclass(frozen=True)
@@ -140,19 +136,13 @@ def main() -> None:
                 f"   (noise {row['noise']:.1f})",
                 flush=True,
             )
-    variants = {name: module.__name__ for name, module in native.variants().items()}
     report = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/attention_cpu.py", *sys.argv[1:]]),
+        **about("attention_cpu.py"),
         "shapes": {name: asdict(SHAPES[name]) for name in args.shape},
-        "hardware": processor(),
-        "versions": versions(),
-        "variant": variants.get("cpu", "reference").rpartition(".")[2],
+        "variant": cpu_variant(),
         "attention": rows,
     }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(args.json, report)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,18 @@ references allocate what they always do.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import about, cpu_variant, save
 from torch import Tensor
 
-from megallama.kernels import linear_wgrad, native, rms_norm, rope, swiglu
-from megallama.train.doctor import processor, versions
+from megallama.kernels import linear_wgrad, rms_norm, rope, swiglu
 
 TOKENS, HEAD_WIDTH, EPS = 2048, 128, 1e-5
 WIDTHS, DTYPES, THREADS = (512, 4096), (torch.bfloat16, torch.float32), (1, 2)
@@ -174,19 +171,13 @@ def main() -> None:
                 f"   (noise {row['noise']:.1f})",
                 flush=True,
             )
-    variants = {name: module.__name__ for name, module in native.variants().items()}
     report = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/kernels_cpu.py", *sys.argv[1:]]),
+        **about("kernels_cpu.py"),
         "tokens": TOKENS,
-        "hardware": processor(),
-        "versions": versions(),
-        "variant": variants.get("cpu", "reference").rpartition(".")[2],
+        "variant": cpu_variant(),
         "kernels": rows,
     }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(args.json, report)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline_rank import Step, Walk
+from reporting import spread
 
 from megallama.spec.schedules.actions import Compute, Fused, Schedule
 from megallama.spec.schedules.messages import halves, taken_by
 from megallama.spec.schedules.simulate import Simulation, simulate
 
 Row = dict[str, Any]
-
-
-def spread(values: Iterable[float], digits: int = 5) -> Row:
-    """Median, least and greatest of the rounds, and each."""
-    rounds = [round(value, digits) for value in values]
-    return dict(
-        median=round(statistics.median(rounds), digits),
-        min=min(rounds),
-        max=max(rounds),
-        rounds=rounds,
-    )
 
 
 def bubble_of(ranks: Walk, work: float) -> float:

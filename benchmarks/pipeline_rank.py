@@ -12,8 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import permutations
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -125,7 +125,7 @@ class Rank:
 
     def lateness(self, seconds: float, count: int, at: float) -> float:
         """How much longer than asked a sleep of `seconds` takes: the median of `count`."""
-        _sleep_until(at)
+        sleep_until(at)
         late = []
         for _ in range(count):
             begin = time.monotonic()
@@ -140,7 +140,7 @@ class Rank:
         schedule = schedule_of(name, self.size, micro_batches)
         pipeline, passes = self._pipeline(schedule, seconds, size, self.groups.recorder)
         self.groups.recorder.on = True
-        _sleep_until(at)
+        sleep_until(at)
         pipeline.run(passes)
         self.groups.recorder.on = False
         return _taken(self.groups.recorder, at)
@@ -151,7 +151,7 @@ class Rank:
         schedule = schedule if training else forward_only(schedule)
         nothing = dict.fromkeys(("F", "B", "W", "BW"), 0.0)
         pipeline, passes = self._pipeline(schedule, nothing, 4, Recorder())
-        _sleep_until(at)
+        sleep_until(at)
         pipeline.run(passes)
         return time.monotonic() - at
 
@@ -172,7 +172,7 @@ class Rank:
             return None
         recorder = trainer.groups.recorder
         recorder.on = True
-        _sleep_until(at)
+        sleep_until(at)
         result = trainer.step.run(self.batches[name], LR)
         end = time.monotonic() - at
         recorder.on = False
@@ -197,7 +197,7 @@ class Rank:
         return self.rank in ends
 
 
-def _sleep_until(at: float) -> None:
+def sleep_until(at: float) -> None:
     time.sleep(max(0.0, at - time.monotonic()))
 
 
@@ -210,16 +210,17 @@ def _taken(recorder: Recorder, at: float) -> list[Timed]:
 
 
 class Ranks:
-    """The parent's view of `size` ranks."""
+    """The parent's view of `size` ranks, each of which is made by `make(rank, size, store)`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, make: Callable[[int, int, Store], Any] = Rank) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         fork = multiprocessing.get_context("fork")
         for rank in range(size):
             here, there = fork.Pipe()
             self._pipes.append(here)
-            arguments = (rank, size, f"{self._folder.name}/store", there, list(self._pipes))
+            path = f"{self._folder.name}/store"
+            arguments = (partial(make, rank, size), path, there, list(self._pipes))
             fork.Process(target=_serve, args=arguments, daemon=True).start()
             there.close()  # so that a rank that dies is an EOFError here and not a wait for ever
 
@@ -250,12 +251,14 @@ class Ranks:
             sys.exit(f"a rank died at {method} {arguments} (its error is above)")
 
 
-def _serve(rank: int, size: int, path: str, pipe: Connection, parents: list[Connection]) -> None:
+def _serve(
+    make: Callable[[Store], Any], path: str, pipe: Connection, parents: list[Connection]
+) -> None:
     """A rank's process. `parents`: the parent's ends, which a fork inherits and would keep open."""
     for end in parents:
         end.close()
     torch.set_num_threads(1)
-    here = Rank(rank, size, FileStore(path))
+    here = make(FileStore(path))
     while True:
         try:
             method, arguments = pipe.recv()

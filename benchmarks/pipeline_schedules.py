@@ -15,15 +15,13 @@ pass to its own last; a makespan is from the agreed start to the end of the last
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline_figures import Row, passes_over_simulated, spread, steps_row, waits_row
+from pipeline_figures import Row, passes_over_simulated, steps_row, waits_row
 from pipeline_rank import Ranks, Step, Walk, schedule_of
+from reporting import about, save, spread
 
 from megallama.config.schedules import default_virtual_stages
 from megallama.spec.schedules.build import NAMES
@@ -224,18 +222,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of less: for a trial")
     args = parser.parse_args()
     results = measure(args)
-    from megallama.train.doctor import processor, versions
-
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/pipeline_schedules.py", *sys.argv[1:]]),
-        "hardware": processor() | dict(threads_each=1),
-        "versions": versions(),
-        **results,
-    }
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    report = about("pipeline_schedules.py") | results
+    report["hardware"] |= dict(threads_each=1)
+    save(args.json, report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks of training steps and GPU kernels run, on the CPU and at toy sizes."""
+"""The benchmarks of steps, kernels and checkpoints run, on the CPU and at toy sizes."""
 
 from __future__ import annotations
 
@@ -114,3 +114,34 @@ def test_every_kernel_is_in_the_benchmark():
         operands = [x for x in contest.operands() if isinstance(x, torch.Tensor)]
         # Bytes that are moved are those of the operands, of which a result may be one as well.
         assert contest.size <= 2 * sum(x.nbytes for x in operands)
+
+
+def test_checkpoints_are_compared_with_a_raw_copy_and_dcp(tmp_path: Path):
+    """Two processes; each way to load is found to bring every bit back, or the ranks die."""
+    from checkpoint_rank import BEHIND, LOADED_FROM, SAVES
+    from checkpoints import QUICK, measure
+
+    row = measure(2, 1, str(tmp_path / "written"), quick=True)
+    parameters = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * QUICK["vocab"] * 64
+    assert row["gib"] == pytest.approx(3 * 4 * parameters / 2**30, abs=1e-4)
+    assert (row["saves"].keys(), row["behind_the_steps"].keys()) == (SAVES.keys(), BEHIND.keys())
+    assert row["cold_loads"].keys() == row["warm_loads"].keys() == LOADED_FROM.keys()
+    for part in ("saves", "cold_loads", "warm_loads"):
+        assert row[part]["raw"]["speed_over_raw"] == row[part]["dcp"]["speed_over_dcp"] == 1
+    assert not any((tmp_path / "written").iterdir())
+
+
+def test_a_share_of_an_interval_and_ratios_by_hand():
+    from checkpoints import behind_figures, figures, ratio
+
+    found = {"none": [(0.0, 5.0, 5.0), (0.0, 6.0, 6.0)], "a": [(0.6, 7.0, 9.0), (1.2, 7.2, 9.0)]}
+    row = behind_figures(found, "a", 0.5)
+    assert row["held_seconds"]["median"] == 0.9
+    assert row["held_seconds_per_gib_of_a_rank"] == 1.8
+    assert row["held_share_of_10_minutes"] == pytest.approx(0.0015)
+    assert row["slowed_seconds"]["rounds"] == [1.4, 0.0]
+    assert row["held_and_slowed_share_of_10_minutes"] == pytest.approx(1.6 / 600, abs=1e-6)
+    seconds = {"raw": [1.0, 2.0, 3.0], "dcp": [8.0, 4.0, 6.0], "a": [2.0, 2.0, 2.0]}
+    assert figures(seconds, "a", 4.0)["gib_per_second"] == 2
+    assert figures(seconds, "a", 4.0)["speed_over_raw"] == 1
+    assert ratio(seconds["dcp"], seconds["a"]) == 3

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # takes none
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="run.root, whose disk is looked at (default: runs)",
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the findings there, too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a finding."""
-    from megallama.errors import EXIT_DONE
-    from megallama.train.doctor import findings
+    """Print one line a finding; exit codes: 0, or 78 where training cannot work."""
+    import json
+    from dataclasses import asdict
 
-    for line in findings():
-        print(line)
-    return EXIT_DONE
+    from megallama import __version__
+    from megallama.errors import EXIT_CONFIG, EXIT_DONE
+    from megallama.files import refuse_os_errors
+    from megallama.train.finding import Finding, packages
+
+    found = [Finding("megallama", __version__)]
+
+    def show(finding: Finding) -> None:
+        found.append(finding)
+        print(finding, flush=True)
+
+    print(found[0])
+    for finding in packages():
+        show(finding)
+    if not any(finding.level == "broken" for finding in found):  # else there is nothing to import
+        from megallama.train.doctor import findings
+
+        for finding in findings(args.root):
+            show(finding)
+    broken = sum(finding.level == "broken" for finding in found)
+    notes = sum(finding.level == "note" for finding in found)
+    print(f"{broken} broken, {notes} to mind" if broken or notes else "all is well")
+    if args.json:
+        report = {"working": not broken, "findings": [asdict(finding) for finding in found]}
+        with refuse_os_errors("write", args.json):
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return EXIT_CONFIG if broken else EXIT_DONE

@@ -184,11 +184,3 @@ def test_bench_prints_what_it_writes(
     out = capsys.readouterr().out
     assert [line.split(" ")[0] for line in out.splitlines()[1:3]] == two[-3::2]
     assert len(json.loads(figures.read_text())["layouts"]) == 2
-
-
-def test_doctor_says_what_there_is(capsys: Captured) -> None:
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert f"megallama {__version__}" in out
-    for word in ("torch ", "processor: ", "bf16: ", "wandb: "):
-        assert word in out

@@ -21,7 +21,7 @@ from megallama.train.finding import Finding
 INTERFACES, INFINIBAND = Path("/sys/class/net"), Path("/sys/class/infiniband")
 LOOPBACK = "127.0.0.1"
 #: Seconds that two threads get to meet on one machine, and a name server to answer.
-PATIENCE = 10.0
+PATIENCE = 30.0
 #: Seconds from which a name is slow: each connection to the job's store may look one up.
 SLOW_NAME = 1.0
 

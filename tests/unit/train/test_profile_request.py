@@ -182,13 +182,16 @@ def test_of_many_ranks_those_that_were_asked_for_are_recorded(make_config: MakeC
         asked = [profile.asked(), profile.asked()]
         profile.after(1, True)
         profile.before(2)
-        trainer.groups.recorder.add(ran("F(0, 0)", 1, 2))
+        recorder = trainer.groups.recorder
+        recorder.add(ran("F(0, 0)", 1, 2))
+        asked.append(recorder.on)
         profile.after(2)
         return asked
 
     with ThreadPoolExecutor(grid.size) as threads:
         asked = list(threads.map(live, range(grid.size)))
-    assert asked == [[False, True], [False, False], [False, False], [False, False]]
+    # Two looks, and whether anything is kept.
+    assert asked == [[False, True, False], [False] * 2 + [True], [False] * 3, [False] * 2 + [True]]
     assert [(r.name, len(r.events)) for r in recorded(config).ranks] == [
         ("pp 0 · dp 0 · tp 1", 1),
         ("pp 0 · dp 1 · tp 1", 1),

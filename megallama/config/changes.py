@@ -52,7 +52,7 @@ CLASSES = {
             "log": "every wandb per_source layer_norms_every stragglers_every",
         },
         Kind.ALLOW: {
-            "train": "global_batch precision",
+            "train": "global_batch precision spike",
             "parallel": "gradient_wire",
             "optimizer": "lr min_lr warmup_steps schedule decay_steps betas eps weight_decay "
             "grad_clip",

@@ -20,6 +20,7 @@ from megallama.config.schema import (
     Profile,
     RopeScaling,
     Source,
+    Spike,
     steps_of,
 )
 
@@ -200,6 +201,25 @@ def _profile(
         )
 
 
+def _spike(spike: Spike | None, every: int, keep: int) -> Faults:
+    if spike is None:
+        return
+    if not every:
+        yield Fault(
+            "train.spike",
+            "goes back to a checkpoint, and checkpoint.every=0 writes none",
+            "set checkpoint.every, or leave train.spike out",
+        )
+        return
+    reach, enough = (keep - 1) * every + 1, -(-(spike.rewind - 1) // every) + 1
+    if spike.rewind > reach:
+        yield Fault(
+            at("train.spike.rewind", spike.rewind),
+            f"is more than checkpoint.keep={keep} every {every} steps are sure to reach back",
+            f"give at most {reach}, or raise checkpoint.keep to {enough}",
+        )
+
+
 def _rates(lr: float, min_lr: float) -> Faults:
     if min_lr > lr:
         yield Fault(
@@ -318,6 +338,7 @@ CHECKS: tuple[tuple[Callable[..., Faults], str], ...] = (
     (_batch, "train.global_batch train.micro_batch parallel.data"),
     (_length, "train.steps train.tokens"),
     (_profile, "train.steps train.tokens train.sequence_length train.global_batch train.profile"),
+    (_spike, "train.spike checkpoint.every checkpoint.keep"),
     (_rates, "optimizer.lr optimizer.min_lr"),
     (
         _decay,

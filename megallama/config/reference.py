@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megallama.config.schema import Config, Phase, Profile, RopeScaling, Source
+from megallama.config.schema import Config, Phase, Profile, RopeScaling, Source, Spike
 
 HEAD = """# Configuration keys
 
@@ -29,6 +29,7 @@ PARTS: dict[str, Any] = {
     "an entry of `data.phases`": Phase,
     "`model.rope_scaling`": RopeScaling,
     "`train.profile`": Profile,
+    "`train.spike`": Spike,
 }
 
 

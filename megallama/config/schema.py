@@ -189,6 +189,17 @@ class Profile(Strict):
     """Ranks that are recorded; null: all of them."""
 
 
+class Spike(Strict):
+    factor: Annotated[Number, Field(gt=1)]
+    """A loss over so many times the median of the steps before it is a spike."""
+    window: Annotated[Count, Field(le=10_000)] = 100
+    """Steps of that median. Until there are so many, nothing is a spike."""
+    rewind: Count = 1
+    """Steps to go back at least: to the newest checkpoint so far back, else to the oldest."""
+    most: Count = 10
+    """Number of times to go back before the run is given up (exit code 1)."""
+
+
 class Train(Section):
     steps: Count | None = None
     """Length of the run in optimizer steps. Give this or tokens."""
@@ -211,6 +222,8 @@ class Train(Section):
     check_replicas_every: CountOrZero = 1
     """Steps from one comparison of the weights with their owner's masters, and of what several
     tensor ranks hold, to the next (before each save, too); 0: never."""
+    spike: Spike | None = None
+    """Go back where the loss jumps, and skip the samples from there to the jump; null: go on."""
     max_minutes: Positive | None = None
     """Save and stop after so many minutes (exit code 75); null: no limit."""
     profile: Profile | None = None

@@ -31,6 +31,7 @@ from megallama.train.profile import Profile
 from megallama.train.saver import Saver
 from megallama.train.signals import StopSignals
 from megallama.train.snapshot import Progress
+from megallama.train.spikes import Spikes
 from megallama.train.tally import StepResult
 from megallama.train.throughput import speed
 from megallama.train.trackers import Tracker, wandb_tracker
@@ -69,6 +70,7 @@ class Loop:
         self.ranks = trainer.place.grid.size
         self.profile = Profile(trainer, meeting, console.message)
         self.guard = Guard(trainer, meeting, lease, console.message)
+        self.spikes = Spikes(trainer, dataset, meeting, self.saver.disk, console.message)
 
     def run(self, stop: StopSignals) -> int:
         """Train; return the exit code. Whatever stops all ranks alike, the last step is saved.
@@ -143,10 +145,13 @@ class Loop:
         seconds = time.perf_counter() - began
         self.profile.after(step, result.requests[2])
         self.guard.stragglers.after(step, seconds)
+        if self._went_back(result):
+            return result.requests[2:]
         progress.step = step
         progress.samples += config.train.global_batch
         progress.tokens += result.tokens
         self._count(result)
+        self.spikes.note(progress, result)
         row = self._row(result, lr, seconds)
         self._log(row)
         self.tracker.step(row, progress.samples)
@@ -156,6 +161,30 @@ class Loop:
         ):
             self._validate()
         return result.requests[3:]
+
+    def _went_back(self, result: StepResult) -> bool:
+        """Whether the step that was just done is a spike and is undone, with those before it."""
+        usual = self.spikes.usual(self.progress, result)
+        if usual is None:
+            return False
+        self.saver.finish()
+        self._report_saves()
+        step = self.progress.step + 1
+        words = f"step {step}: the loss is {result.loss:.4g}, and its median was {usual:.4g}"
+        found = self.spikes.go_back(self.progress, words)
+        if found is None:
+            return False
+        self.saver.newest, self.progress = found[0].resolve(), found[1]
+        self.meeting.hold(self._take_rows_back)
+        why = {"from_step": step, "loss": result.loss, "median": usual}
+        self._log(
+            {
+                "step": self.progress.step + 1,  # taken again, and so is this row, after a kill
+                "tokens": self.progress.tokens,
+                "rewind": {**why, "skipped_samples": self.progress.skips[-1]},
+            }
+        )
+        return True
 
     def _batch(self) -> Batch:
         place = self.trainer.place
@@ -244,6 +273,12 @@ class Loop:
         if self.meeting.leads:
             with refuse_os_errors("write", path):
                 self.metrics = stack.enter_context(MetricsWriter(path))
+        return self._take_rows_back()
+
+    def _take_rows_back(self) -> str:
+        """Drop the rows of steps that are to be taken again."""
+        if self.metrics:
+            with refuse_os_errors("write", self.metrics.path):
                 self.metrics.truncate_after(self.progress.step)
         return ""
 

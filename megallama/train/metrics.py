@@ -7,7 +7,9 @@ Step rows hold: step tokens loss grad_norm lr step_seconds tokens_per_second
 tokens_per_second_per_gpu tflops_per_gpu mfu mfu_6n memory_bytes, and where they exist
 loss_per_source {name: loss}, epochs, layer_norms, skipped_steps. Validation rows hold: step tokens
 validation_loss validation_loss_per_source. A save that failed has a row of its own: step tokens
-failed_save {step, reason}. Losses are in nats a token.
+failed_save {step, reason}. One that the loss-spike guard sent back has: step (the first one that is
+taken again) tokens rewind {from_step, loss, median, skipped_samples [first, end)}; the rows of the
+steps that were undone are gone. Losses are in nats a token.
 """
 
 from __future__ import annotations

@@ -16,13 +16,19 @@ from pathlib import Path
 import torch
 
 from megallama.checkpoint.rank_file import Rectangle
-from megallama.checkpoint.store import DISK, checkpoint_path, prune_checkpoints
+from megallama.checkpoint.store import (
+    DISK,
+    checkpoint_path,
+    committed_checkpoints,
+    prune_checkpoints,
+)
 from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError, UserError
 from megallama.files import Disk
 from megallama.train.build import Trainer
 from megallama.train.meeting import Meeting
 from megallama.train.snapshot import Progress, Snapshot, rectangles, snapshot, write_snapshot
+from megallama.train.spikes import kept_for
 
 #: Bytes to which every copied tensor is aligned.
 ALIGNMENT = 64
@@ -140,6 +146,15 @@ class Saver:
         self._collect()
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
+    def _kept(self, newest: Path) -> int:
+        """How many checkpoints up to `newest` stay: also those that a spike may go back to, which
+        are further back where stops have left some between."""
+        config = self.trainer.config
+        if config.train.spike is None:
+            return config.checkpoint.keep
+        finished = [path for path in committed_checkpoints(self.folder) if path <= newest]
+        return max(config.checkpoint.keep, kept_for(config, finished))
+
     def _is_newest(self, progress: Progress) -> bool:
         return checkpoint_path(self.folder, progress.step).resolve() == self.newest
 
@@ -170,7 +185,7 @@ class Saver:
         config = self.trainer.config.checkpoint
         if self._meeting.leads and not state.facts.state["failures"]:
             try:
-                prune_checkpoints(self.folder, config.keep, path, config.keep_every, self.disk)
+                prune_checkpoints(self.folder, self._kept(path), path, config.keep_every, self.disk)
             except UserError as error:
                 return Ended(state.step, warning=str(error))
         return Ended(state.step)

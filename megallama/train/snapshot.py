@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 
 from torch import Tensor
@@ -47,6 +48,9 @@ class Progress:
 
     `updates` counts optimizer updates, `skipped` the steps that a non-finite value or a batch
     without a valid token left out, `failures` the non-finite ones in a row.
+
+    Of the loss-spike guard (`spikes`): `losses` of the last updates, the ranges of samples that it
+    skipped, each [first, end), and how often it went back. `samples` counts what was skipped too.
     """
 
     step: int = 0
@@ -55,6 +59,9 @@ class Progress:
     updates: int = 0
     skipped: int = 0
     failures: int = 0
+    losses: list[float] = field(default_factory=list)
+    skips: list[list[int]] = field(default_factory=list)
+    rewinds: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,10 +204,30 @@ def _wants(trainer: Trainer) -> Iterator[Want]:
 def progress_of(checkpoint: Checkpoint) -> Progress:
     """The counters of a checkpoint. Raises CorruptError where they are none of a run's."""
     state = checkpoint.manifest.state
-    known = {key.name for key in fields(Progress)}
-    if state.keys() - known or any(type(n) is not int or n < 0 for n in state.values()):
+    sound = {key.name: _is_count for key in fields(Progress)} | {
+        "losses": lambda value: isinstance(value, list) and all(map(_is_loss, value)),
+        "skips": lambda value: isinstance(value, list) and all(map(_is_range, value)),
+    }
+    if not all(name in sound and sound[name](value) for name, value in state.items()):
         raise CorruptError(f"{checkpoint.directory}: its counters are no run's; use another")
     return Progress(**state)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, float) and isfinite(value)
+
+
+def _is_range(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(_is_count, value))
+        and value[0] < value[1]
+    )
 
 
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:

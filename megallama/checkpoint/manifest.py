@@ -208,7 +208,7 @@ def _has_types(manifest: Manifest) -> bool:
         and len({file.name for file in files}) == len(files)
         and all(isinstance(file.name, str) and len(file.name) < 256 for file in files)
         and all(isinstance(part, dict) for part in (manifest.config, *manifest.config.values()))
-        and all(type(value) in (int, float, str) for value in manifest.state.values())
+        and all(type(value) in (int, float, str, list) for value in manifest.state.values())
         and all(type(value) is str for value in manifest.sources.values())
         and (manifest.tokenizer_hash is None or type(manifest.tokenizer_hash) is str)
     )

@@ -105,4 +105,5 @@ def _with_restarts(
         lambda resume: partial(work, config, resume),
         args.resume,
     )
-    return supervise(args.nproc, restarts.first(), restarts.again)
+    silence = config.parallel.timeout_seconds
+    return supervise(args.nproc, restarts.first(), restarts.again, silence)

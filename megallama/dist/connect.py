@@ -92,6 +92,7 @@ def connect(
     if strict and device.type != "cpu":
         raise ValueError(f"the strict mode compares on gloo, not on {device}")
     watch = Watch(store, rank, timeout)
+    watch.announce()
     setup = _Setup(store, rank, Traffic(), Recorder(), watch, strict, timeout, hostname)
     groups: dict[str, Group] = {}
     # A group's connection waits for its members: one order of names on all ranks, whatever groups

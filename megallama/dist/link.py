@@ -36,6 +36,18 @@ class Link:
         #: owes. That rank has not come to the operation: its messages are all posted at once.
         self.waiting: tuple[int, str] | None = None
         self.closed = False
+        self._done: tuple[int, str] | None = None
+
+    @property
+    def done(self) -> str:
+        """How many operations were completed, and the last of them: for errors."""
+        return f"{self._done[0]} operations, the last {self._done[1]!r}" if self._done else "none"
+
+    def complete(self, owed: str) -> None:
+        """An operation is whole: every message of it arrived."""
+        number = self._done[0] if self._done else 0
+        words = re.sub("^to (take part in )?", "", owed)
+        self._done = number + 1, words
 
     @property
     def size(self) -> int:
@@ -131,3 +143,4 @@ class Posted:
         for peer, work, _ in (*self._receives, *self._sends):
             self._wait(peer, work)
         self._receives, self._sends = [], []
+        self._link.complete(self._owed)

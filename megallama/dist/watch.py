@@ -11,11 +11,12 @@ limit, for a store may be lost with its host; then each rank names the peer for 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -38,6 +39,8 @@ class Wait:
     """Global rank `rank` waits for `peer` `owed` ("to send x") in `group`.
 
     `failed`: the wait ended in an error, so the peer is lost unless it waits for another itself.
+    `done`: what the group completed last, `step`: the last step that `rank` did, and with it all
+    others. `host`: the peer's.
     """
 
     rank: int
@@ -45,6 +48,16 @@ class Wait:
     owed: str
     group: str
     failed: bool
+    done: str = "none"
+    step: int = 0
+    host: str = ""
+
+    def text(self) -> str:
+        host = f" (host {self.host})" if self.host else ""
+        return (
+            f"rank {self.peer} is lost{host}: rank {self.rank} waited for it {self.owed} "
+            f"(group {self.group!r}, which completed {self.done}; last step {self.step})"
+        )
 
 
 def missing(said: Sequence[Wait]) -> list[Wait]:
@@ -74,6 +87,8 @@ class Watch:
         self.rank, self.timeout = rank, timeout.total_seconds()
         #: By group name, the seconds that the thread which computes has waited for others.
         self.waits: dict[str, float] = {}
+        #: The last step that this process did.
+        self.step = 0
         self._store = None if store is None else PrefixStore("watch", store)
         self._asking = threading.Thread()
         self._links: list[Link] = []
@@ -89,18 +104,24 @@ class Watch:
         self._links.append(link)
         return Vigil(self, link)
 
+    def announce(self) -> None:
+        """Tell all ranks where this one runs."""
+        host = socket.gethostname()
+        self._ask(lambda store: store.set(_host(self.rank), host), ANSWER)
+
     def others_gave_up(self) -> bool:
         """Whether a rank said that it lost another."""
         return bool(self._ask(lambda store: store.check([_place(1)]), ANSWER))
 
-    def lose(self, error: LostError, group: str, failed: bool) -> LostError:
-        """Give up because of `error`, in `group`: the error that names who is missing.
+    def lose(self, error: LostError, group: str, failed: bool, done: str = "none") -> LostError:
+        """Give up because of `error`, in `group`, which completed `done`: the error that names who
+        is missing.
 
         `error` itself where that is not found out.
         """
         if self._found is None:
             assert error.peer is not None
-            wait = Wait(self.rank, error.peer, error.owed, group, failed)
+            wait = Wait(self.rank, error.peer, error.owed, group, failed, done, self.step)
             number = self._ask(lambda store: _say(store, wait), ANSWER)
             # Not before others can read why. Then they need not wait for what this rank owes them.
             for link in self._links:
@@ -109,13 +130,8 @@ class Watch:
             self._found = self._found or []
         if not self._found:
             return error
-        lines = [
-            f"rank {wait.peer} is lost: rank {wait.rank} waited for it {wait.owed} "
-            f"(group {wait.group!r})"
-            for wait in self._found
-        ]
-        first = self._found[0]
-        lost = LostError(f"{'; '.join(lines)}; try again", peer=first.peer, owed=first.owed)
+        first, lines = self._found[0], "; ".join(wait.text() for wait in self._found)
+        lost = LostError(f"{lines}; try again", peer=first.peer, owed=first.owed)
         lost.shared = True  # every rank ends with the same words
         return lost
 
@@ -155,22 +171,29 @@ class Vigil:
             late, waiting = time.monotonic() >= deadline, link.waiting
             if waiting is not None and (late or watch.others_gave_up()):
                 reason = f"no answer within {watch.timeout:g} s" if late else "another rank gave up"
-                raise watch.lose(link.lost(*waiting, reason), link.name, failed=late)
+                error = link.lost(*waiting, reason)
+                raise watch.lose(error, link.name, late, link.done)
         watch.waits[link.name] = watch.waits.get(link.name, 0.0) + time.monotonic() - began
 
     def explain(self, error: LostError) -> LostError:
         """The error to show for an operation that failed with `error`."""
         if self._link.closed:  # by this rank: nobody is lost
             return error
-        return self._watch.lose(error, self._link.name, failed=True)
+        return self._watch.lose(error, self._link.name, True, self._link.done)
 
 
 def _place(number: int) -> str:
     return f"said/{number}"
 
 
+def _host(rank: int) -> str:
+    return f"host/{rank}"
+
+
 def _say(store: Store, wait: Wait) -> int:
     """Tell all ranks; returns how many spoke so far, this one included."""
+    if store.check([_host(wait.peer)]):
+        wait = replace(wait, host=store.get(_host(wait.peer)).decode())
     number = store.add("said", 1)
     store.set(_place(number), json.dumps(asdict(wait)))
     return number

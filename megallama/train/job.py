@@ -23,6 +23,7 @@ from megallama.train.loop import Loop
 from megallama.train.meeting import Meeting
 from megallama.train.memory import explained_shortage, refuse_too_large
 from megallama.train.process import ALONE, Process
+from megallama.train.pulse import Pulse
 from megallama.train.resume import begin, candidates
 from megallama.train.signals import StopSignals
 from megallama.train.snapshot import Progress
@@ -46,8 +47,11 @@ def train(
         UserError: the config, the data or the checkpoint cannot be used. What one process finds
             before training, every process raises.
     """
-    with nullcontext(stop) if stop else StopSignals() as stop:
-        meeting = Meeting(process)
+    with (
+        nullcontext(stop) if stop else StopSignals() as stop,
+        Pulse(process, config.parallel.timeout_seconds) as pulse,
+    ):
+        meeting = Meeting(process, pulse=pulse)
         dataset = same_everywhere(config, meeting)
         if dataset is None:
             raise ConfigError(NO_DATA)

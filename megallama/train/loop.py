@@ -145,6 +145,7 @@ class Loop:
         seconds = time.perf_counter() - began
         self.profile.after(step, result.requests[2])
         self.guard.stragglers.after(step, seconds)
+        self._did(step)
         if self._went_back(result):
             return result.requests[2:]
         progress.step = step
@@ -161,6 +162,12 @@ class Loop:
         ):
             self._validate()
         return result.requests[3:]
+
+    def _did(self, step: int) -> None:
+        """For what is said of ranks that are lost later."""
+        self.meeting.did(step)
+        if self.trainer.groups.watch is not None:
+            self.trainer.groups.watch.step = step
 
     def _went_back(self, result: StepResult) -> bool:
         """Whether the step that was just done is a spike and is undone, with those before it."""

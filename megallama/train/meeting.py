@@ -6,13 +6,19 @@ For what happens seldom: starting, saving. What happens every step is a collecti
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from megallama import errors
 from megallama.errors import LostError, UserError
 from megallama.train.process import Process
+from megallama.train.pulse import Pulse
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 #: The longest that a process waits for the slowest of the others, who may be writing a checkpoint.
 PATIENCE = timedelta(minutes=60)
@@ -25,12 +31,22 @@ def _first(results: Sequence[str]) -> str:
 class Meeting:
     """The meetings of one process, in the order in which every process holds them.
 
-    `name` keeps one series of meetings apart from another.
+    `name` keeps one series of meetings apart from another. With `pulse` a process that is silent
+    for its time limit is lost to the others; without, or while it gives signs, after `PATIENCE`.
     """
 
-    def __init__(self, process: Process, name: str = "train") -> None:
-        self.process, self.name = process, name
+    def __init__(self, process: Process, name: str = "train", pulse: Pulse | None = None) -> None:
+        self.process, self.name, self.pulse = process, name, pulse
         self._round = 0
+        # Who gives up leaves a thread behind that waits there: the job's store stays usable.
+        self._waiting: Store | None = process.store
+        if pulse is not None and process.store is not None:
+            self._waiting = process.store.clone()  # type: ignore[attr-defined]
+
+    def did(self, step: int) -> None:
+        """This process did a step: what is said of it should it be lost."""
+        if self.pulse is not None:
+            self.pulse.step = step
 
     @property
     def leads(self) -> bool:
@@ -58,7 +74,8 @@ class Meeting:
         self._tell(place, answer)
         if self.leads:
             self._conclude(place, conclude)
-        return _result(self._hear(place))
+        (answer,) = self._hear([place], [0])
+        return _result(answer)
 
     def adjourn(self, patience: timedelta = PATIENCE) -> None:
         """Leave, rank 0 last: it may be the host of the store that the others still read from.
@@ -82,8 +99,14 @@ class Meeting:
         """What rank 0 does: hear all, and answer."""
         store = self.process.store
         assert store is not None
-        said = [f"{place}/{rank}" for rank in range(self.process.size)]
-        answers = [self._hear(key) for key in said]
+        ranks = range(self.process.size)
+        said = [f"{place}/{rank}" for rank in ranks]
+        try:
+            answers = self._hear(said, ranks)
+        except LostError as error:
+            if error.shared:  # it names who is missing: the others wait for this rank
+                store.set(place, _failure(error))
+            raise
         for key in said:
             store.delete_key(key)
         if self._round > 1:  # all are here, so all have read the answer before
@@ -100,21 +123,41 @@ class Meeting:
             with suppress(RuntimeError):  # the store is gone: `_hear` finds out
                 self.process.store.set(f"{place}/{self.process.rank}", answer)
 
-    def _hear(self, key: str) -> str:
-        """What another process wrote.
+    def _hear(self, keys: Sequence[str], ranks: Sequence[int]) -> list[str]:
+        """What other processes wrote, each its key.
 
         Raises:
-            LostError: it did not within `PATIENCE`, or the store is gone.
+            LostError: one did not within `PATIENCE`, or is silent, or the store is gone.
         """
-        store = self.process.store
-        assert store is not None
-        try:
-            store.wait([key], PATIENCE)
-            return store.get(key).decode()
-        except RuntimeError as error:  # torch's errors of a store
+        pulse, heard, failures = self.pulse, list[str](), list[RuntimeError]()
+        watch = pulse.watch(ranks) if pulse else None
+
+        def listen() -> None:
+            store = self._waiting
+            assert store is not None
+            try:
+                for key, rank in zip(keys, ranks, strict=True):
+                    store.wait([key], PATIENCE)
+                    heard.append(store.get(key).decode())
+                    if watch:
+                        watch.heard_out(rank)
+            except RuntimeError as error:  # torch's errors of a store
+                failures.append(error)
+
+        if pulse is None or watch is None:
+            listen()
+        else:
+            thread = threading.Thread(target=listen, name=f"hear {keys[0]}", daemon=True)
+            thread.start()
+            try:
+                pulse.outlast(thread, watch, f"meeting {keys[0]}")
+            finally:
+                pulse.unwatch(watch)
+        if failures:
             raise LostError(
-                f"rank {self.process.rank}: another rank did not come ({error}); try again"
-            ) from error
+                f"rank {self.process.rank}: another rank did not come ({failures[0]}); try again"
+            ) from failures[0]
+        return heard
 
 
 def _attempt(do: Callable[[], str]) -> str:

@@ -1,8 +1,7 @@
 """Saves checkpoints behind the steps: a copy in host memory holds a step up, the disk does not.
 
 Each rank has a thread that writes one save at a time. The threads of all ranks meet in the job's
-store under keys of their own and through a connection of their own, so that a thread that waits in
-the store for the slowest disk keeps no other thread from it, and no collective is theirs.
+store under keys of their own, and no collective is theirs.
 """
 
 from __future__ import annotations
@@ -94,10 +93,7 @@ class Saver:
         self.trainer, self.dataset, self.disk = trainer, dataset, disk
         self.folder = trainer.config.run.directory / "checkpoints"
         self.newest = newest.resolve() if newest else None
-        process = meeting.process
-        if process.store is not None:
-            process = replace(process, store=process.store.clone())  # type: ignore[attr-defined]
-        self._meeting = Meeting(process, "save")
+        self._meeting = Meeting(meeting.process, "save", meeting.pulse)
         config = trainer.config.checkpoint
         self._copy = None
         if config.asynchronous and config.every:

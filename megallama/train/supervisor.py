@@ -8,6 +8,7 @@ it may start all of them again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -37,6 +38,9 @@ GOOD_CODES = (EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED)
 #: Seconds to wait after the first failure, by the weight of the likeliest cause so far. Who was
 #: killed said nothing of what it owed: its peers agree on that in little more than a second.
 PATIENCE = (2.0, 1.0, 5.0)
+#: Seconds to wait once all who are left were called lost by the others: for a worker that is
+#: stopped says nothing more, and one that failed says so soon.
+LEFT = 0.5
 #: Seconds that workers have to leave after a second Ctrl-C.
 HURRY = 1.0
 #: Bytes of a whole report: JSON writes up to six for a character.
@@ -44,13 +48,17 @@ REPORT_BYTES = 8 * REPORT_LENGTH
 
 
 def supervise(
-    count: int, work: Work, again: Callable[[LostError], Work | None] = lambda error: None
+    count: int,
+    work: Work,
+    again: Callable[[LostError], Work | None] = lambda error: None,
+    silence: float = math.inf,
 ) -> int:
     """Do `work` in `count` workers; return 0, or 130 or 75 if any was stopped by a signal.
 
     Where a worker raised something unexpected, its traceback is printed, and 1 returned. Where one
     was lost (69, or killed), `again` may give the work that new workers are to do; workers that
-    were asked to stop are not replaced.
+    were asked to stop are not replaced. A lone worker that is stopped (SIGSTOP) for `silence`
+    seconds is lost, as one among several is to the others.
 
     Raises:
         UserError: as the first failing worker raised it; the others were killed.
@@ -68,7 +76,7 @@ def supervise(
             with Inbox() as inbox, _folder() as folder:
                 if stop.code is not None:  # nothing has run since that would need saving
                     return stop.code
-                team = Team(inbox)
+                team = Team(inbox, silence if count == 1 else math.inf)
                 try:
                     team.start(count, work, Path(folder) / "store")
                     team.wait()
@@ -144,9 +152,10 @@ class Inbox:
 class Team:
     """The workers, and what became of them."""
 
-    def __init__(self, inbox: Inbox) -> None:
-        self.inbox = inbox
+    def __init__(self, inbox: Inbox, silence: float = math.inf) -> None:
+        self.inbox, self.silence = inbox, silence
         self.alive: dict[int, int] = {}  # process id → rank
+        self.stopped: dict[int, float] = {}  # process id → since when
         self.code = EXIT_DONE
         self.failures: list[Failure] = []
         self.interrupts = 0
@@ -185,22 +194,33 @@ class Team:
 
     def wait(self) -> None:
         """Pass signals on until every worker ended, or one failed and its cause is known."""
-        failed_at = hurried_at = None
+        began: dict[str, float] = {}  # what limits the wait → since when
         while self.alive:
-            limit = None
-            if hurried_at is not None:
-                limit = hurried_at + HURRY - time.monotonic()
-            elif failed_at is not None:
-                limit = failed_at + PATIENCE[self._cause().weight] - time.monotonic()
-            if limit is not None and limit <= 0:
+            now = time.monotonic()
+            ends = [began.setdefault(name, now) + wait for name, wait in self._limits().items()]
+            for pid, since in self.stopped.items():
+                if now >= since + self.silence:
+                    self.failures.append(_stopped(self.alive[pid], self.silence))
+                    return
+                ends.append(since + self.silence)
+            limit = min(ends, default=math.inf) - now
+            if limit <= 0:
                 return
-            self.inbox.wait(limit)
+            self.inbox.wait(None if limit == math.inf else limit)
             self._forward(self.inbox.signals())
             self._reap()
-            if self.failures and failed_at is None:
-                failed_at = time.monotonic()
-            if self.interrupts > 1 and hurried_at is None:
-                hurried_at = time.monotonic()
+
+    def _limits(self) -> dict[str, float]:
+        """For how many seconds to wait yet, by the reason, from when it first holds."""
+        if self.interrupts > 1:
+            return {"hurry": HURRY}
+        if not self.failures:
+            return {}
+        limits = {"failure": PATIENCE[self._cause().weight]}
+        lost = [failure.text for failure in self.failures if failure.code == EXIT_LOST]
+        if all(any(f"rank {rank} is lost" in t for t in lost) for rank in self.alive.values()):
+            limits["left"] = LEFT
+        return limits
 
     def kill(self) -> None:
         """End whoever is left, with what it started, and collect it."""
@@ -236,11 +256,17 @@ class Team:
 
     def _reap(self) -> None:
         """Collect whoever ended."""
-        ended = [os.waitpid(pid, os.WNOHANG) for pid in self.alive]
+        flags = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
+        ended = [os.waitpid(pid, flags) for pid in self.alive]
         # A worker reports before it ends: what those who ended had to say is here by now.
         self.failures += self.inbox.reports()
         for pid, status in ended:
             if pid == 0:  # it still runs
+                continue
+            self.stopped.pop(pid, None)
+            if os.WIFSTOPPED(status):
+                self.stopped[pid] = time.monotonic()
+            if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
                 continue
             rank, code = self.alive.pop(pid), os.waitstatus_to_exitcode(status)
             if code < 0:
@@ -270,6 +296,12 @@ class Team:
         error = kind(words)
         error.exit_code = cause.code
         return error
+
+
+def _stopped(rank: int, seconds: float) -> Failure:
+    host = socket.gethostname()
+    text = f"rank {rank} is lost (host {host}): it has been stopped by a signal for {seconds:g} s"
+    return Failure(rank, EXIT_LOST, text, signal.SIGSTOP.name)
 
 
 def _killed(rank: int, number: int) -> Failure:

@@ -142,7 +142,7 @@ class Bout:
         for blow in self.case.blows[:fell]:
             wanted = {
                 signal.SIGKILL: rf"rank {blow.rank} was killed by SIGKILL",
-                signal.SIGSTOP: rf"rank {blow.rank} is lost: rank \d waited for it",
+                signal.SIGSTOP: rf"rank {blow.rank} is lost \(host [^)]+\): .*last step \d+\)",
             }.get(blow.signal, "")
             if not re.search(wanted, told):
                 faults.append(f"{blow} fell, and {wanted!r} is not in {told!r}")

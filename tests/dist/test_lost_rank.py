@@ -206,6 +206,8 @@ def test_every_survivor_names_the_rank_and_what_it_owed(job, ending, victim, lab
         verdicts.add(str(error))
     assert len(verdicts) == 1
     pattern = (
-        rf"rank {victim} is lost: rank \d waited for it to .* \(group 'pipeline \d>\d'\); try again"
+        rf"rank {victim} is lost \(host [^)]+\): rank \d waited for it to .* \(group "
+        r"'pipeline \d>\d', which completed \d+ operations, the last '(send|take) .*'; last step 0\)"
+        r"; try again"
     )
     assert re.fullmatch(pattern, verdicts.pop())

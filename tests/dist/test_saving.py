@@ -25,6 +25,7 @@ from megallama.train.job import train
 from megallama.train.process import Process
 from tests.conftest import MakeConfig, losses
 from tests.dist.processes import LOCAL, run_on
+from tests.poison import poison
 
 RANKS = 4
 #: With two tensor and two data ranks every rank's file has rows that one other rank at most reads.
@@ -203,3 +204,56 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(
     assert [end.code for end in run(config)] == [0] * RANKS
     assert contents(config, 6) == contents(straight, 6)
     assert losses(config.run.directory) == losses(straight.run.directory)
+
+
+SPIKE = {
+    "train.steps": 10,
+    "optimizer.schedule": "constant",
+    "validation.every": 0,
+    "checkpoint.keep": 4,
+    "parallel.timeout_seconds": 5,
+    "train.spike": {"factor": 1.03, "window": 3, "rewind": 3},
+}
+
+
+def test_a_spike_sends_all_ranks_back_also_where_one_dies_on_the_way(
+    make_config: MakeConfig,
+) -> None:
+    """At step 9 to step 6. The decisions are one process's, and the killed run's bits the same."""
+
+    def poisoned(rank: int) -> None:
+        poison(range(32, 36))
+
+    def killed(rank: int) -> None:
+        poisoned(rank)
+        real = Checkpoint.fill
+
+        def fatal(*arguments: Any, **named: Any) -> None:
+            real(*arguments, **named)
+            if rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Checkpoint.fill = fatal  # type: ignore[method-assign]
+
+    def decided(config: Config) -> list[dict[str, Any]]:
+        states = [Checkpoint(checkpoint_path(folder_of(config), s)) for s in steps_saved(config)]
+        keys = ("step", "samples", "skips", "rewinds")
+        return [{key: one.manifest.state[key] for key in keys} for one in states]
+
+    straight, broken = (make_config({**LAYOUT, **SPIKE, "run.name": n}) for n in ("a", "b"))
+    one = make_config({**LAYOUT, **SPIKE, "parallel.tensor": 1, "run.name": "one"})
+    assert [end.code for end in run(straight, poisoned)] == [0] * RANKS
+    assert decided(straight)[-1] == {"step": 10, "samples": 52, "skips": [[24, 36]], "rewinds": 1}
+    run(broken, killed, dies={2})
+    assert steps_saved(broken)[-1] == 8, "it died before the later checkpoints were deleted"
+    assert [end.code for end in run(broken, poisoned)] == [0] * RANKS
+    assert contents(broken, 10) == contents(straight, 10)
+    assert losses(broken.run.directory) == losses(straight.run.directory)
+
+    def alone(rank: int, store: Store) -> int:
+        poisoned(rank)
+        with redirect_stdout(io.StringIO()):
+            return train(one)
+
+    assert run_on(1, alone, time_limit=60.0) == [0]
+    assert decided(one) == decided(straight)

@@ -96,6 +96,20 @@ def stops_when_asked(process, stop):
     (FOLDER / f"saved-{process.rank}").touch()
     return stop.code
 
+def dies_when_asked(process, stop):
+    (FOLDER / f"ready-{process.rank}").touch()
+    while stop.code is None or process.rank != 1:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def is_stopped(process, stop):  # as a debugger or a scheduler does
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def is_stopped_and_continued(process, stop):
+    subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return 0
+
 def never_stops(process, stop):
     (FOLDER / f"ready-{process.rank}").touch()
     if process.rank == 0:  # sees no signal at all
@@ -134,7 +148,13 @@ def run_parent():
     if NAME.endswith("@fork"):
         os.fork = fork_and_signal
     sys.stdout.write("parent\n")  # stays in the buffer until the forks
-    command = argparse.Namespace(run=lambda args: supervise(COUNT, work))
+    def again(error):
+        (FOLDER / "again").touch()
+
+    alone = NAME.endswith("@alone")
+    silence = 0.3 if NAME.startswith("is_stopped@") else 1000
+    run = lambda args: supervise(1 if alone else COUNT, work, again, silence)
+    command = argparse.Namespace(run=run)
     cli._parse = lambda words: command
     return cli.main([])
 
@@ -259,6 +279,8 @@ ENDS = {
     "all_lose_the_network": (69, f"{ERROR}the network is gone\n"),
     "returns_a_code": (3, f"{ERROR}rank 1 ended with exit code 3\n"),
     "one_is_stopped": (75, ""),
+    "is_stopped@alone": (69, rf"{ERROR}rank 0 is lost \(host .+\): .* stopped by a signal .*\n"),
+    "is_stopped_and_continued@alone": (0, ""),
     "nobody_reads": (0, ""),
     "stops_when_asked@import": (75, ""),
     "stops_when_asked@fork": (75, ""),
@@ -270,6 +292,7 @@ STOPPED = {
     "stops_when_asked@sigterm": (signal.SIGTERM, 75),
     "stops_when_asked@sigusr1": (signal.SIGUSR1, 75),
     "stops_when_asked@sigint": (signal.SIGINT, 130),
+    "dies_when_asked@sigterm": (signal.SIGTERM, 69),
     "never_stops@sigint": (signal.SIGINT, 130),
     "never_stops@sigkill": (signal.SIGKILL, -signal.SIGKILL),
 }
@@ -283,6 +306,7 @@ def test_how_it_ends(parents: dict[str, Parent], name: str) -> None:
     assert re.fullmatch(pattern, ended.error), ended.error[-2000:]
     assert ended.output.count("parent\n") == 1
     assert_gone(ended.pids())
+    assert (ended.folder / "again").exists() == (code == 69)
     if name == "place":
         threads = max(1, len(os.sched_getaffinity(0)) // COUNT)
         assert sorted(ended.output.splitlines()[1:]) == [
@@ -300,6 +324,16 @@ def test_every_worker_saves_after_a_signal(parents: dict[str, Parent], name: str
     parents[name].ready().signal(number)
     ended = parents[name].end()
     assert (ended.code, ended.error, ended.saved()) == (code, "", COUNT)
+    assert_gone(ended.pids())
+
+
+def test_workers_that_were_asked_to_stop_are_not_replaced(parents: dict[str, Parent]) -> None:
+    parent = parents["dies_when_asked@sigterm"].ready()
+    parent.signal(signal.SIGTERM)
+    ended = parent.end()
+    assert ended.code == 69
+    assert ended.error.startswith(f"{ERROR}rank 1 was killed by SIGKILL")
+    assert not (ended.folder / "again").exists()
     assert_gone(ended.pids())
 
 

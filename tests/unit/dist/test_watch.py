@@ -58,16 +58,23 @@ def lose(own: Watch) -> tuple[LostError, LostError, int]:
     broke off."""
     connections = Connections()
     link = Link(connections, "pipeline 7>2", 0, [2, 7])
+    link.complete("to take part in all_reduce")
+    link.complete("to send w")
     vigil = own.over(link)
     error = link.lost(1, "to send x", "Connection closed by peer. And more")
     return error, vigil.explain(error), connections.broken_off
 
 
-def test_the_verdict_names_the_peer_and_what_it_owed(tmp_path):
+def test_the_verdict_names_the_peer_and_what_it_owed(tmp_path, monkeypatch):
     store = FileStore(str(tmp_path / "store"))
-    _, error, broken_off = lose(Watch(store, 2, timedelta(seconds=5)))
+    own = Watch(store, 2, timedelta(seconds=5))
+    own.step = 41
+    monkeypatch.setattr("socket.gethostname", lambda: "there")
+    Watch(store, 7, timedelta(seconds=5)).announce()
+    _, error, broken_off = lose(own)
     assert str(error) == (
-        "rank 7 is lost: rank 2 waited for it to send x (group 'pipeline 7>2'); try again"
+        "rank 7 is lost (host there): rank 2 waited for it to send x (group 'pipeline 7>2', which "
+        "completed 2 operations, the last 'send w'; last step 41); try again"
     )
     assert (error.peer, error.owed, error.exit_code, broken_off) == (7, "to send x", 69, 1)
     # Whoever loses a peer later ends with the same words.

@@ -1,4 +1,12 @@
-"""A campaign of random cases: `python -m tests.chaos --n 100 --seed 0`; `--help` for the rest."""
+"""A campaign of random cases: `python -m tests.chaos --n 100 --seed 0`; `--help` for the rest.
+
+A large one goes in pieces, each with a seed and a summary of its own, which are added up:
+
+    for seed in 0 1 2 3 4 5 6 7 8 9; do
+        python -m tests.chaos --n 100 --seed $seed --json chaos-$seed.json
+    done
+    python -m tests.chaos --sum chaos-*.json
+"""
 
 from __future__ import annotations
 
@@ -10,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,16 +27,18 @@ from torch.distributed import Store
 from megallama.data.build import build
 from megallama.data.tokenizer import train_tokenizer
 from tests.chaos.flips import CASES, campaign
-from tests.chaos.kills import Case, draw, parse
+from tests.chaos.kills import STOPS, draw, drawn, parse
 from tests.chaos.runs import Arena
+from tests.chaos.tally import Tally
 from tests.conftest import SOURCES, VOCAB, TinyData
 from tests.dist.commands import write_config
 from tests.dist.processes import run_on
+from tests.layouts.case import Case as FlipCase
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--n", type=int, default=100, help="cases")
+    parser.add_argument("--n", type=int, default=100, help="cases, or a few more for LEAST")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--signal", default="SIGKILL", choices=["SIGKILL", "SIGTERM", "SIGUSR1", "SIGSTOP"]
@@ -36,33 +47,36 @@ def main() -> int:
     parser.add_argument("--case", help="this case alone, as a failing one is printed")
     parser.add_argument("--flips", type=int, default=0, help="instead: bits to flip in replicas")
     parser.add_argument("--clean", type=int, default=0, help="and steps without a flip")
+    parser.add_argument("--json", type=Path, help="write the summary there, too")
+    parser.add_argument("--sum", type=Path, nargs="+", help="instead: add up such summaries")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    return _flips(args) if args.flips or args.clean else _fight(args)
+    if args.sum:
+        tally = Tally.read(args.sum)
+    elif args.flips or args.clean:
+        return _flips(args)
+    else:
+        tally = _fight(args)
+    if args.json:
+        args.json.write_text(json.dumps(asdict(tally), indent=1) + "\n")
+    print(tally.text())
+    return int(bool(tally.faulty))
 
 
-def _fight(args: argparse.Namespace) -> int:
-    generator = random.Random(args.seed)
-    kind = signal.Signals[args.signal]
-    cases = [parse(args.case)] if args.case else [draw(generator, kind) for _ in range(args.n)]
-    began, faulty, fell, places = time.monotonic(), 0, 0, {"save": 0, "recovery": 0, "steps": 0}
+def _fight(args: argparse.Namespace) -> Tally:
+    generator, kind = random.Random(args.seed), signal.Signals[args.signal]
+    tally, began = Tally(args.signal, [args.seed]), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="megallama-chaos-") as name:
         folder = Path(name)
-        config = write_config(folder, _data(folder / "data"), **SECTIONS)
-        for outcome in Arena(folder, config).fight(cases, args.at_once):
-            fell += outcome.fell
-            for blow in outcome.case.blows[: outcome.fell]:
-                places[_place(blow.point)] += 1
-            if outcome.faults:
-                faulty += 1
-                print(f"FAULTY: --case '{outcome.case}'", *outcome.faults, sep="\n  ", flush=True)
-    layouts = len({case.layout for case in cases})
-    where = ", ".join(f"{count} in {place}" for place, count in places.items())
-    print(
-        f"{len(cases)} cases of {args.signal} at {layouts} layouts, seed {args.seed}: {fell} "
-        f"signals fell ({where}); {faulty} cases faulty; {time.monotonic() - began:.0f} s"
-    )
-    return int(faulty > 0)
+        arena = Arena(folder, write_config(folder, _data(folder / "data"), **SECTIONS))
+        cases = [parse(args.case)] if args.case else drawn(generator, kind, args.n)
+        while cases:
+            for outcome in arena.fight(cases, args.at_once):
+                tally.add(outcome)
+            short = [] if args.case or kind in STOPS else tally.short(args.n)
+            cases = [draw(generator, kind, place) for place in short]
+    tally.seconds = round(time.monotonic() - began)
+    return tally
 
 
 #: What the runs have beside the words of a layout.
@@ -71,11 +85,6 @@ SECTIONS = {
     "train": {"precision": "fp32"},
     "validation": {"every": 4, "sequences": 2},
 }
-
-
-def _place(point: str) -> str:
-    kind = point.partition("-")[0]
-    return {"recovery": "recovery", "save": "save", "retention": "save"}.get(kind, "steps")
 
 
 def _data(folder: Path) -> TinyData:
@@ -108,7 +117,7 @@ def _flip_faults(args: argparse.Namespace) -> Iterator[str]:
     flips, clean = -(-args.flips // len(CASES)), -(-args.clean // len(CASES))
     for name, case in CASES.items():
 
-        def body(rank: int, store: Store, case: Case = case) -> list[str]:
+        def body(rank: int, store: Store, case: FlipCase = case) -> list[str]:
             return campaign(case, rank, store, flips, clean, args.seed)
 
         for wrong in run_on(case.ranks, body, 3600)[:1]:

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -85,6 +86,9 @@ RECOVERY = {
     "recovery-filled": Point(Checkpoint, "fill", 1, "after"),
 }
 POINTS = {**TRAINING, **SAVING, **RECOVERY}
+PLACES = {"steps": TRAINING, "save": SAVING, "recovery": RECOVERY}
+#: Signals that ask for the end.
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Blow(NamedTuple):
@@ -121,30 +125,42 @@ def parse(text: str) -> Case:
     return Case(layout, tuple(blows))
 
 
-def draw(generator: random.Random, number: signal.Signals = signal.SIGKILL) -> Case:
-    """A random case: one to three blows, of SIGKILL also in saves and during recovery."""
+def draw(
+    generator: random.Random, number: signal.Signals = signal.SIGKILL, place: str = "steps"
+) -> Case:
+    """A random case whose last blow falls in `steps`, a `save` or a `recovery`, which takes another
+    one before it: a SIGKILL."""
     layout = generator.choice(list(LAYOUTS))  # where a rank is alone, a message is never struck
-    if number == signal.SIGSTOP:  # who is alone is missed by nobody
-        layout = generator.choice([name for name in LAYOUTS if RANKS[name] > 1])
 
     def blow(points: dict[str, Point], kind: signal.Signals) -> Blow:
         name = generator.choice(list(points))
         point = points[name]
         rank = 0 if point.leads else generator.randrange(RANKS[layout])
-        # The first gather is that of the start, where ranks wait for a stopped one for an hour.
-        first = int(kind == signal.SIGSTOP)
-        return Blow(name, rank, generator.randrange(first, point.times), kind)
+        return Blow(name, rank, generator.randrange(point.times), kind)
 
-    if number != signal.SIGKILL:
+    if number in STOPS:  # heard between two steps, wherever it falls
         steps = {name: TRAINING[name] for name in ("forward", "backward", "update", "gather")}
         return Case(layout, (blow(steps, number),))
-    first = blow(generator.choice([TRAINING, SAVING]), number)
-    second = [blow(generator.choice([RECOVERY, RECOVERY, TRAINING, SAVING]), number)]
-    return Case(layout, (first, *(second if generator.random() < 0.6 else [])))
+    before = [blow(generator.choice([TRAINING, SAVING]), signal.SIGKILL)]
+    if place != "recovery" and generator.random() < 0.6:
+        before = []
+    return Case(layout, (*before, blow(PLACES[place], number)))
+
+
+def drawn(generator: random.Random, number: signal.Signals, count: int) -> list[Case]:
+    """Of ten cases four in steps, four in saves and two in recoveries."""
+    order = ("steps", "save", "steps", "save", "recovery")
+    return [draw(generator, number, order[i % len(order)]) for i in range(count)]
+
+
+def place_of(point: str) -> str:
+    """Of PLACES."""
+    return next(place for place, points in PLACES.items() if point in points)
 
 
 def struck(folder: Path, index: int) -> Path:
-    """The file that says that a case's blow fell, with the number of steps done by then."""
+    """The file that says that a case's blow fell, with the number of steps done by then and the
+    time, which is one clock for all processes."""
     return folder / f"blow-{index}"
 
 
@@ -197,7 +213,9 @@ class Arm:
     def _strike(self, index: int, blow: Blow) -> None:
         metrics = self.run / "metrics.jsonl"
         done = metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
-        struck(self.folder, index).write_text(str(done))
+        path = struck(self.folder, index)
+        path.with_suffix(".new").write_text(f"{done} {time.monotonic()}")
+        path.with_suffix(".new").rename(path)  # whoever sees it sees all of it
         os.kill(os.getpid(), blow.signal)
 
 

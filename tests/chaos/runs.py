@@ -13,24 +13,32 @@ import torch
 
 from megallama.checkpoint.store import Checkpoint, committed_checkpoints
 from megallama.train.metrics import read_metrics
-from tests.chaos.kills import LAYOUTS, STEPS, Arm, Case, struck
+from tests.chaos.kills import LAYOUTS, RANKS, STEPS, Arm, Case, struck
 from tests.conftest import LENGTH, losses
-from tests.dist.commands import CONTEXT, Command, Ended, _run
+from tests.dist.commands import CONTEXT, Command, _run
 
 #: Restarts without progress that a run is given: more than a case has blows.
 RESTARTS = 5
 #: Seconds after which a rank is called lost. A stopped one must be named 2 s later.
 TIMEOUT = 3
+#: Seconds that a case may take.
+LIMIT = 90.0
 SETTINGS = (f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=2")
 
 
 class Outcome(NamedTuple):
-    """What became of a case: `faults` is empty where nothing was lost. `fell`: of its blows."""
+    """What became of a case: `faults` is empty where nothing was lost. `fell`: of its blows.
+
+    `late`: for each rank that was stopped, seconds from the time limit after that to its naming.
+    `stops`: for each request to stop, steps begun after it, and seconds from it to the exit.
+    """
 
     case: Case
     faults: list[str]
     fell: int
     seconds: float
+    late: list[float]
+    stops: list[tuple[int, float]]
 
 
 class Struck(Command):
@@ -95,7 +103,8 @@ class Bout:
         self.arena, self.name, self.case = arena, name, case
         self.run, self.folder = arena.run(name), arena.folder / "struck" / name
         self.words = [*arena.words(name, case.layout), "--restarts", str(RESTARTS)]
-        self.stops: list[Ended] = []
+        self.stops: list[tuple[int, float]] = []
+        self.named: dict[int, float] = {}  # blow → when its rank was called lost
         self.faults: list[str] = []
         self.began = time.monotonic()
         self._start()
@@ -105,14 +114,15 @@ class Bout:
 
     def goes_on(self) -> bool:
         """Whether it runs. One that was stopped and saved is started again."""
-        late = time.monotonic() - self.began > 90
-        if self.command.running and not late:
+        late = time.monotonic() - self.began > LIMIT
+        running = self.command.running
+        self._hear()
+        if running and not late:
             return True
         self.ended = self.command.end(0)
         if late:
-            self.faults.append("it did not end within 90 s")
+            self.faults.append(f"it did not end within {LIMIT:g} s")
         if self.ended.code == 75 and len(self.stops) < len(self.case.blows):
-            self.stops.append(self.ended)
             self._check_stop()
             self._start()
             return True
@@ -125,13 +135,32 @@ class Bout:
         else:
             self.faults += unlike(self.run, reference)
             self.faults += self._untold(fell)
-        return Outcome(self.case, self.faults, fell, time.monotonic() - self.began)
+        late = [at - self._struck(index)[1] - TIMEOUT for index, at in self.named.items()]
+        return Outcome(
+            self.case, self.faults, fell, time.monotonic() - self.began, late, self.stops
+        )
+
+    def _struck(self, index: int) -> tuple[int, float]:
+        """The steps done when a blow fell, and the time."""
+        done, when = struck(self.folder, index).read_text().split()
+        return int(done), float(when)
+
+    def _hear(self) -> None:
+        """Note when a stopped rank is named."""
+        for index, blow in enumerate(self.case.blows):
+            if blow.signal != signal.SIGSTOP or index in self.named:
+                continue
+            if struck(self.folder, index).exists():
+                told = (self.folder / "error").read_text()
+                if f"rank {blow.rank} is lost" in told:
+                    self.named[index] = time.monotonic()
 
     def _check_stop(self) -> None:
         """A stop is heard in the step under way or the next, and saved."""
-        heard = int(struck(self.folder, len(self.stops) - 1).read_text())
+        heard, when = self._struck(len(self.stops))
         saved = committed_checkpoints(self.run / "checkpoints")[-1]
         step = Checkpoint(saved).manifest.state["step"]
+        self.stops.append((max(0, step - heard - 1), time.monotonic() - when))
         if not heard <= step <= heard + 2:
             self.faults.append(f"asked to stop after step {heard}, saved step {step}")
 
@@ -140,9 +169,10 @@ class Bout:
         told = self.ended.error
         faults = []
         for blow in self.case.blows[:fell]:
+            step = r".*last step \d+\)" if RANKS[self.case.layout] > 1 else ".* by a signal"
             wanted = {
                 signal.SIGKILL: rf"rank {blow.rank} was killed by SIGKILL",
-                signal.SIGSTOP: rf"rank {blow.rank} is lost \(host [^)]+\): .*last step \d+\)",
+                signal.SIGSTOP: rf"rank {blow.rank} is lost \(host [^)]+\): {step}",
             }.get(blow.signal, "")
             if not re.search(wanted, told):
                 faults.append(f"{blow} fell, and {wanted!r} is not in {told!r}")

@@ -24,7 +24,8 @@ from tests.conftest import LENGTH, VOCAB, TinyData
 #: The longest that a command may take. It ends hangs only: a busy machine is far below it.
 LIMIT = 120.0
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["megallama.train.job", "megallama.train.launch"])
+# numpy.ma takes 0.15 s where it is needed first, which is in every rank.
+CONTEXT.set_forkserver_preload(["megallama.train.job", "megallama.train.launch", "numpy.ma"])
 
 
 class Ended(NamedTuple):

@@ -211,7 +211,7 @@ SPIKE = {
     "optimizer.schedule": "constant",
     "validation.every": 0,
     "checkpoint.keep": 4,
-    "parallel.timeout_seconds": 5,
+    "parallel.timeout_seconds": 3,
     "train.spike": {"factor": 1.03, "window": 3, "rewind": 3},
 }
 

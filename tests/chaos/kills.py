@@ -50,7 +50,7 @@ class Point(NamedTuple):
     leads: bool = False
 
 
-STEPS, SAVES = 8, 4
+STEPS, SAVES = 6, 3
 #: Seconds of the unit in which the point `time` counts, from a worker's start.
 TICK = 0.01
 TRAINING = {

@@ -18,7 +18,7 @@ from tests.conftest import LENGTH, losses
 from tests.dist.commands import CONTEXT, Command, _run
 
 #: Restarts without progress that a run is given: more than a case has blows.
-RESTARTS = 5
+RESTARTS = 8
 #: Seconds after which a rank is called lost. A stopped one must be named 2 s later.
 TIMEOUT = 3
 #: Seconds that a case may take.
@@ -151,8 +151,9 @@ class Bout:
             if blow.signal != signal.SIGSTOP or index in self.named:
                 continue
             if struck(self.folder, index).exists():
-                told = (self.folder / "error").read_text()
-                if f"rank {blow.rank} is lost" in told:
+                told = (self.folder / "error").read_text().splitlines()
+                before = [b.rank for b in self.case.blows[:index] if b.signal == blow.signal]
+                if sum(f"rank {blow.rank} is lost" in x for x in told) > before.count(blow.rank):
                     self.named[index] = time.monotonic()
 
     def _check_stop(self) -> None:

@@ -21,30 +21,35 @@ FIRST = Blow("save-committed", 0)  # so that there is a checkpoint to recover fr
 
 
 def cases() -> list[str]:
-    """Each point at one layout, in turn; the rank is the last one's where all ranks pass it."""
-    texts = []
-    # Of four ranks a run takes six times the processor time of one of two.
-    names = ("data", "one", "tensor", "data", "pipeline")
-    for number, (name, point) in enumerate(POINTS.items()):
-        layout = names[number % len(names)]
-        blow = Blow(name, 0 if point.leads else RANKS[layout] - 1, min(point.times - 1, 2))
-        if name in RECOVERY:
-            blow = blow._replace(number=0)
-        texts.append(str(Case(layout, (FIRST, blow) if name in RECOVERY else (blow,))))
+    """Each point once. A run is struck several times over: a start costs more than its steps."""
     return [
-        *texts,
-        "grid forward@3#4!SIGTERM",
-        "tensor update@1#20!SIGUSR1",
-        "stages backward@2#3",
-        "pipeline backward@1#3!SIGSTOP",
-        "data gather@0#4!SIGSTOP",
-        # While ranks meet: at the start, at the last save, and to go on.
-        "data recovery-leased@0#0!SIGSTOP",
-        "tensor save-fsync@1#3!SIGSTOP",
-        f"data {FIRST} recovery-read@1#0!SIGSTOP",
+        # While ranks meet: at the start and to go on.
+        "data recovery-leased@0#0!SIGSTOP gather@1#4!SIGSTOP recovery-read@0#0!SIGSTOP",
         # Nobody else is there but the supervisor.
         "one update@0#30!SIGSTOP",
+        "pipeline backward@1#3!SIGSTOP",
+        # At the last save.
+        "tensor save-fsync@1#2!SIGSTOP",
+        "thirds forward@2#4!SIGTERM",
+        "tensor update@1#20!SIGUSR1",
+        str(Case("data", (FIRST, *(struck_at(name, "data") for name in RECOVERY)))),
+        *killed("data", "time", "message", "reduce"),
+        *killed("pipeline", "forward", "backward", "gather"),
+        *killed("one", "update", "row", "save-start", "save-begun"),
+        *killed("tensor", "save-copy", "save-create", "save-write"),
+        *killed("data", "save-begin", "save-fsync", "save-commit", "save-verify"),
+        *killed("one", "save-fsynced", "save-committed", "retention-rmdir"),
+        *killed("data", "retention"),
     ]
+
+
+def killed(layout: str, *points: str) -> list[str]:
+    """A case in which ranks are killed at points, the last rank where all ranks pass them."""
+    return [str(Case(layout, tuple(struck_at(point, layout) for point in points)))]
+
+
+def struck_at(name: str, layout: str) -> Blow:
+    return Blow(name, 0 if POINTS[name].leads else RANKS[layout] - 1)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,11 @@ def test_a_case_is_its_text() -> None:
         for case in drawn(generator, kind, 50):
             assert parse(str(case)) == case
     assert {*TRAINING, *SAVING, *RECOVERY} == set(POINTS)
+
+
+def test_a_rank_is_killed_at_every_point() -> None:
+    blows = [blow for text in cases() for blow in parse(text).blows]
+    assert {blow.point for blow in blows if blow.signal == signal.SIGKILL} == set(POINTS)
 
 
 def test_pieces_of_a_campaign_add_up(outcomes: dict[str, Outcome], tmp_path: Path) -> None:

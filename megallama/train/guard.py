@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from megallama.train.build import Trainer
 from megallama.train.lease import Lease
 from megallama.train.meeting import Meeting
@@ -32,14 +34,14 @@ class Guard:
         if self.meeting.leads:
             self.stop_file.heard()
 
-    def alarms(self, step: int) -> tuple[bool, bool]:
+    def alarms(self, step: int) -> tuple[bool | Tensor, bool]:
         """Of this rank, late in a step and before its update: what must keep it from being saved.
 
         To be agreed on by all ranks, and then handed to `heed`.
         """
         every, saves = self.config.train.check_replicas_every, self.config.checkpoint.every
         due = bool(every) and (step % every == 0 or (bool(saves) and step % saves == 0))
-        damaged = due and self.replicas.compare()
+        damaged = self.replicas.compare() if due else False
         return damaged, self.lease is not None and self.lease.replaced
 
     def heed(self, alarms: Sequence[bool], step: int) -> None:

@@ -64,7 +64,7 @@ class Replicas:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.state, self.place = trainer, trainer.model.state, trainer.place
-        self.differences: list[Difference] = []
+        self._found: list[_Compared] = []
         pieces = [
             (shard.name, piece)
             for shard in self.state.table
@@ -89,11 +89,14 @@ class Replicas:
             for kind, tensors in kinds.items()
             if TIED in trainer.groups.by_name
         ]
+        self._neighbours = self._mask("tensor", self._shared)
+        self._ends = self._mask(TIED, self._tied)
 
-    def compare(self) -> bool:
-        """Compare, between a step's backward and its update; whether this rank found a difference.
+    def compare(self) -> Tensor:
+        """Compare, between a step's backward and its update; whether this rank found a difference,
+        as a flag () on its device: it travels in the step's sum, and the host waits for nothing.
 
-        All ranks call it alike. `differences` are those of this rank.
+        All ranks call it alike.
         """
         for handle in self.state.arriving.values():
             handle.wait()
@@ -103,19 +106,22 @@ class Replicas:
             found.append(self._weights())
         if grid.tensor > 1 and self._shared:
             tensor = self.trainer.groups["tensor"]
-            found.append(_copies(tensor, grid.group("tensor", rank), self._shared))
+            ranks = grid.group("tensor", rank)
+            found.append(_copies(tensor, ranks, self._shared, self._neighbours))
         if self._tied:
             ends = grid.group("pipeline", rank)
             head = owners_of(self.trainer.config, grid)[-1]
             tied = self.trainer.groups[TIED]
-            found.append(_copies(tied, (ends[0], ends[head]), self._tied))
-        self.differences = []
-        if found:
-            (different,) = read_back(torch.stack([one.differs.any() for one in found]))
-            for one, differs in zip(found, different, strict=True):
-                if differs:
-                    self.differences += one.explain(_places(one.differs))
-        return bool(self.differences)
+            found.append(_copies(tied, (ends[0], ends[head]), self._tied, self._ends))
+        self._found = found
+        if not found:
+            return torch.zeros((), dtype=torch.bool, device=self.state.device)
+        return torch.stack([one.differs.any() for one in found]).any()
+
+    @property
+    def differences(self) -> list[Difference]:
+        """What this rank found in the last comparison. The host waits: for a rank that is lost."""
+        return [one for found in self._found for one in found.explain(_places(found.differs))]
 
     def lost(self, meeting: Meeting, step: int) -> LostError:
         """The error that every rank ends with, where one found a difference in this step."""
@@ -138,6 +144,18 @@ class Replicas:
         error.shared = True
         return error
 
+    def _mask(self, name: str, held: Sequence[tuple[str, int, Tensor]]) -> Tensor:
+        """Whether a rank of a group holds what this one does, of each of n tensors: (R, n) bool.
+
+        Made once: a transfer to the device would hold the step up.
+        """
+        group = self.trainer.groups.by_name.get(name)
+        if group is None or not held:
+            return torch.zeros(0, len(held), dtype=torch.bool)
+        counts = torch.tensor([copies for _, copies, _ in held])
+        neighbours = torch.arange(group.size)[:, None] // counts
+        return (neighbours == group.rank // counts).to(self.state.device)
+
     def _weights(self) -> _Compared:
         """This rank's weights beside the masters of the data ranks that own the rows."""
         state, group = self.state, self.trainer.groups["data"]
@@ -157,14 +175,15 @@ class Replicas:
 
 
 def _copies(
-    group: Group, ranks: Sequence[int], held: Sequence[tuple[str, int, Tensor]]
+    group: Group,
+    ranks: Sequence[int],
+    held: Sequence[tuple[str, int, Tensor]],
+    neighbours_Rn: Tensor,
 ) -> _Compared:
     """Tensors that neighbours in a group hold, as many as said beside each."""
     mine = torch.stack([checksums(tensor, 1)[0] for _, _, tensor in held])
     differs = group.all_gather(mine[None]).wait() != mine
-    counts = torch.tensor([copies for _, copies, _ in held], device=mine.device)
-    neighbours = torch.arange(group.size, device=mine.device)[:, None] // counts
-    differs &= neighbours == group.rank // counts
+    differs &= neighbours_Rn
 
     def explain(places: list[tuple[int, int]]) -> Iterable[Difference]:
         for index, (name, copies, _) in enumerate(held):

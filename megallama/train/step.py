@@ -25,7 +25,7 @@ from megallama.parallel.zero import Zero
 from megallama.spec.grid import Place
 from megallama.train.early import EarlyUpdate
 from megallama.train.passes import Samples, StepPasses, valid_tokens
-from megallama.train.tally import StepResult, Tally
+from megallama.train.tally import Request, StepResult, Tally
 
 #: Samples of an evaluation that are under way in a pipeline at most. Forwards wait for nothing that
 #: comes back, so the first stage would run ahead of the last with everything it sends.
@@ -66,12 +66,12 @@ class TrainStep:
         batch: Batch,
         lr: float,
         layer_norms: bool = False,
-        requests: Callable[[], Sequence[bool]] = tuple,
+        requests: Callable[[], Sequence[Request]] = tuple,
     ) -> StepResult:
         """Train on this data rank's samples of a global batch.
 
         The weights change unless the result says otherwise. `requests` is asked once, late in the
-        step; its length is the same on every rank.
+        step; its length is the same on every rank. One that a device knows is a flag () there.
         """
         samples = Samples(self.model, batch, self.micro_batch)
         self.model.state.zero_gradients()
@@ -104,7 +104,7 @@ class _End:
     """The end of one step: reductions, the sum over all ranks, the update."""
 
     def __init__(
-        self, step: TrainStep, batch: Batch, lr: float, requests: Callable[[], Sequence[bool]]
+        self, step: TrainStep, batch: Batch, lr: float, requests: Callable[[], Sequence[Request]]
     ) -> None:
         self.owner, self.batch, self.lr, self.requests = step, batch, lr, requests
         self.result: StepResult

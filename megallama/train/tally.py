@@ -20,6 +20,9 @@ from megallama.spec.parameters import parameter_table
 from megallama.train.host import Reading, begin_reading
 from megallama.train.passes import StepPasses, valid_tokens
 
+#: Something that a rank asks for in a step: known to the host, or a flag () on its device.
+Request = bool | Tensor
+
 
 @dataclass(frozen=True)
 class LayerNorms:
@@ -66,7 +69,7 @@ class Tally:
         self.counts_samples = first and any(c.head for c in model.chunks.values())
         self.counts_activations = first or config.parallel.sequence_parallel
 
-    def begin(self, batch: Batch, passes: StepPasses, requests: Sequence[bool]) -> Reading:
+    def begin(self, batch: Batch, passes: StepPasses, requests: Sequence[Request]) -> Reading:
         """Start the sum, one collective and one transfer to the host."""
         losses = passes.sample_losses()
         counts = torch.from_numpy(valid_tokens(batch))
@@ -79,7 +82,7 @@ class Tally:
             *map(self._in_global_batch, (losses, counts, torch.from_numpy(batch.sources_N))),
             self._gradient_squares(),
             activations,
-            sent(torch.tensor(list(map(float, requests))), losses.device),
+            self._asked(requests),
             over=self.world,
         )
 
@@ -105,6 +108,16 @@ class Tally:
             self._fault(loss, squares) if valid else None,
             tuple(n > 0 for n in asked),
         )
+
+    def _asked(self, requests: Sequence[Request]) -> Tensor:
+        """This rank's requests: 0 or 1 each, (n,) fp64. No flag is read back for it."""
+        known = [not isinstance(one, Tensor) and one for one in requests]
+        device = self.model.state.device
+        asked = sent(torch.tensor(known, dtype=torch.float64), device)
+        for place, one in enumerate(requests):
+            if isinstance(one, Tensor):
+                asked[place] = one
+        return asked
 
     def _in_global_batch(self, x_n: Tensor) -> Tensor:
         """This data rank's samples in their places, zeros elsewhere: (n,) → (N,) fp64."""

@@ -93,11 +93,12 @@ class Flipped:
             flip(tensor, element, number)
             chosen, undo = f"the {kind} {name}", (tensor, element, number)
         self.replicas.compare()
+        found = self.replicas.differences
         if undo is not None:
             flip(*undo)
 
         def tell() -> str:
-            return json.dumps([chosen, [asdict(one) for one in self.replicas.differences]])
+            return json.dumps([chosen, [asdict(one) for one in found]])
 
         def conclude(ranks: Sequence[str]) -> str:
             told = [json.loads(rank) for rank in ranks]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed import Store
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallama.train.replicas import Difference, checksums, odd_ones
 from tests.chaos.flips import CASES, Flipped, campaign, flip
@@ -56,9 +58,43 @@ def test_with_one_rank_and_one_precision_there_is_nothing_to_compare() -> None:
     def body(rank: int, store: Store) -> bool:
         flipped = Flipped(case, rank, store)
         flip(flipped.trainer.model.state.masters["norm"], 0, 3)
-        return flipped.replicas.compare()
+        return bool(flipped.replicas.compare())
 
     assert run_on(1, body, LIMIT) == [False]
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: its values, and copies from the host."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.name().removeprefix("aten::").partition(".")[0]
+        assert name not in {"_local_scalar_dense", "nonzero", "lift_fresh", "_to_copy"} or (
+            name == "_to_copy" and (kwargs or {}).get("device") is None
+        ), f"{name} in a comparison"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["grid", "tied"])
+def test_the_host_reads_nothing_for_a_comparison(name: str) -> None:
+    """A flag of the device is all that comes of it; the step's one sum takes it along."""
+    case = CASES[name]
+
+    def body(rank: int, store: Store) -> tuple[bool, bool, bool]:
+        flipped = Flipped(case, rank, store)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
+            bool(torch.ones(()) == 1)
+        with NoReading():
+            clean = flipped.replicas.compare()
+        if rank == 1:
+            flip(next(iter(flipped.trainer.model.state.padded_weights.values())), 3, 2)
+        with NoReading():
+            damaged = flipped.replicas.compare()
+        return bool(clean), bool(damaged), bool(flipped.replicas.differences)
+
+    results = run_on(case.ranks, body, LIMIT)
+    assert not any(clean for clean, _, _ in results)
+    assert any(damaged for _, damaged, _ in results)
+    assert all(damaged == explained for _, damaged, explained in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -3,7 +3,8 @@
 # make install   .venv with the `megallama` command
 # make test-layouts, make fuzz N=200   every layout against the reference; random combinations
 # make chaos N=200 SEED=0   ranks killed at random while they train, save and recover; SIGTERMs,
-#   SIGSTOPs and flipped bits: .venv/bin/python -m tests.chaos --help
+#   SIGSTOPs and flipped bits: .venv/bin/python -m tests.chaos --help, and refused operations of
+#   disks: .venv/bin/python -m tests.chaos.refusals --help
 # make test-schedules   every pipeline schedule for p = 1..16, m = 1..64, v = 1..4
 # make power-loss, make mutations, make pairs   checkpoints: cut anywhere, damaged anywhere, and
 #                saved in one layout to be loaded in another

@@ -107,7 +107,7 @@ class Range:
         config, reference = self.config("refused"), self.config(refusal.layout)
         shutil.rmtree(config.run.directory, ignore_errors=True)
         ends = self._run(config, refusal.layout, refusal)
-        faults = list(_wrong_ends(ends, refusal)) + list(_damage(config, ends[refusal.rank].before))
+        faults = [*_wrong_ends(ends, refusal), *_damage(config, ends, ends[refusal.rank].before)]
         if ends[0].code:
             again = self._run(config, refusal.layout)
             if any(end.code for end in again):
@@ -172,13 +172,22 @@ def _wrong_ends(ends: list[Ended], refusal: Refusal) -> Iterator[str]:
         yield f"nothing was said of it: {told[-500:]!r}"
 
 
-def _damage(config: Config, before: str | None) -> Iterator[str]:
-    """The checkpoint that there was is there, or a newer one; what is there is intact."""
+def _damage(config: Config, ends: list[Ended], before: str | None) -> Iterator[str]:
+    """The checkpoint that there was is there, or a newer one; what is there is intact.
+
+    One whose manifest had its name, which could not be synced, is taken back and told of.
+    """
     found = committed_checkpoints(config.run.directory / "checkpoints")
-    if before is not None and (not found or found[-1].name < before):
+    taken_back = any(f"{before}/" in line for end in ends for line in _failures(end))
+    if before is not None and not taken_back and (not found or found[-1].name < before):
         yield f"{before} was there, and now {[path.name for path in found]}"
     for path in found:
         Checkpoint(path).verify()
+
+
+def _failures(end: Ended) -> list[str]:
+    """What a rank said of saves that failed."""
+    return [line for line in end.output.splitlines() if "no checkpoint of" in line] + [end.error]
 
 
 def _unlike(config: Config, reference: Config) -> Iterator[str]:

@@ -5,6 +5,7 @@ They are forked by a server that has torch: importing it takes seconds each time
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -84,6 +85,7 @@ class Command:
 def _run(folder: str, words: list[str], environment: dict[str, str]) -> None:
     """The process of a command: what the `megallama` script does, and no more."""
     code = 1
+    gc.freeze()  # a collection would touch, and so copy, every page that the server shares
     try:
         for number, stream in ((1, "output"), (2, "error")):
             os.dup2(os.open(Path(folder, stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

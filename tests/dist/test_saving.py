@@ -21,7 +21,11 @@ from megallama.checkpoint.store import Checkpoint, checkpoint_path, committed_ch
 from megallama.config.schema import Config
 from megallama.errors import ConfigError, LostError, UserError
 from megallama.files import Disk
+from megallama.train.build import build_dataset, build_trainer
+from megallama.train.init_from import take_weights
 from megallama.train.job import train
+from megallama.train.meeting import Meeting
+from megallama.train.metrics import read_metrics
 from megallama.train.process import Process
 from tests.conftest import MakeConfig, losses
 from tests.dist.processes import LOCAL, run_on
@@ -204,6 +208,41 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(
     assert [end.code for end in run(config)] == [0] * RANKS
     assert contents(config, 6) == contents(straight, 6)
     assert losses(config.run.directory) == losses(straight.run.directory)
+
+
+def test_a_run_begins_from_weights_of_another_layout(
+    make_config: MakeConfig, straight: Config
+) -> None:
+    """Of two tensor and two data ranks, in a pipeline of two replicas: bit for bit."""
+    source = checkpoint_path(folder_of(straight), 6)
+    changes = {**LAYOUT, "parallel.tensor": 1, "parallel.pipeline": 2, "train.steps": 2}
+    begun = {**changes, "run.init_from": str(source)}
+
+    def body(rank: int, store: Store) -> list[str]:
+        process = Process(rank, RANKS, rank, RANKS, store, LOCAL)
+        config = make_config({**begun, "run.name": "begun"})
+        trainer, checkpoint = build_trainer(config, process), Checkpoint(source)
+        take_weights(trainer, build_dataset(config), Meeting(process), lambda text: None)
+        wrong = [
+            piece.part.name
+            for piece, tensor in trainer.model.state.pieces(trainer.model.state.masters)
+            if not checkpoint.read(f"master/{piece.part.name}", piece.region).equal(tensor)
+        ]
+        moments = (trainer.optimizer.exp_avg, trainer.optimizer.exp_avg_sq)
+        wrong += [name for kind in moments for name, tensor in kind.items() if tensor.any()]
+        return [*wrong, *([] if trainer.optimizer.updates == 0 else ["updates"])]
+
+    assert run_on(RANKS, body, time_limit=60.0) == [[]] * RANKS
+    there = make_config({**begun, "run.name": "there"})
+    assert [end.code for end in run(there)] == [0] * RANKS
+    here = make_config({**begun, "parallel.pipeline": 1, "run.name": "here"})
+    with redirect_stdout(io.StringIO()):
+        assert train(here) == 0
+    found, wanted = (
+        [row["loss"] for row in read_metrics(c.run.directory / "metrics.jsonl") if "loss" in row]
+        for c in (there, here)
+    )
+    assert found == pytest.approx(wanted, rel=1e-12)
 
 
 SPIKE = {

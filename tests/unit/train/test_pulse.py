@@ -133,7 +133,7 @@ class Hanging:
         return self
 
     def _hang(self, *_: object) -> None:
-        threading.Event().wait(20)
+        threading.Event().wait()
 
     check = wait = get = multi_get = _hang
 

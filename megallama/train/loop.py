@@ -147,7 +147,7 @@ class Loop:
         self.guard.stragglers.after(step, seconds)
         self._did(step)
         if self._went_back(result):
-            return result.requests[2:]
+            return result.requests[3:]
         progress.step = step
         progress.samples += config.train.global_batch
         progress.tokens += result.tokens

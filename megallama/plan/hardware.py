@@ -7,12 +7,10 @@ FLOP/s, bytes/s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from megallama.config.load import read_yaml
 from megallama.config.schema import Count, NonNegative, Positive, Strict
@@ -20,15 +18,20 @@ from megallama.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "hardware"
 
-Share = Annotated[Positive, Field(le=1)]
-Precision = Literal["bf16", "fp32", "fp64"]
+
+class Rates(Strict):
+    """FLOP/s by the type of the operands."""
+
+    bf16: Positive
+    fp32: Positive
+    fp64: Positive
 
 
 class Gemm(Strict):
     peak: Positive | None = None
     """Data-sheet peak that utilisation is measured by; null: no utilisation is given."""
-    flops: Mapping[Precision, Positive]
-    """Reached by a large product, by the type of its operands."""
+    flops: Rates
+    """Reached by a large product."""
     dgrad: Positive = 1.0
     """Rate of a product for an input's gradient, relative to the forward's."""
     wgrad: Positive = 1.0
@@ -47,6 +50,29 @@ class Attention(Strict):
     """Sequence length at which it reaches half its rate."""
 
 
+class Shares(Strict):
+    """Of the memory's bandwidth, what a kind of kernel reaches."""
+
+    norm: Positive = 1.0
+    """RMSNorm's forward, with the addition before it; LayerNorm's."""
+    norm_backward: Positive = 1.0
+    rotate: Positive = 1.0
+    """Rotary embedding, either way."""
+    activation: Positive = 1.0
+    """SwiGLU's forward, GELU's."""
+    activation_backward: Positive = 1.0
+    softmax: Positive = 1.0
+    """Of an unfused attention: scale, mask, softmax, dropout; either way."""
+    loss: Positive = 1.0
+    """Cross-entropy over the logits, either way."""
+    embedding: Positive = 1.0
+    """Rows looked up; their gradients added."""
+    copy: Positive = 1.0
+    """Copies and sums of whole tensors; dropout."""
+    optimizer: Positive = 1.0
+    """AdamW, norms of gradients, gradients set to zero."""
+
+
 class Memory(Strict):
     capacity: Count
     """Bytes of a device, or of a host for one process on a CPU."""
@@ -54,8 +80,7 @@ class Memory(Strict):
     """Reached by a copy, read and written bytes together."""
     kernel_seconds: NonNegative = 0.0
     """From the start of one small kernel to the start of the next."""
-    shares: Mapping[str, Positive] = MappingProxyType({})
-    """Of `bandwidth`, by kind of kernel (`megallama.plan.ops.Move`); 1 for those not named."""
+    shares: Shares = Shares()
 
 
 class Link(Strict):

@@ -55,7 +55,7 @@ def predict(config: Config, hardware: Hardware, gpus: int) -> Prediction:
     train, model = config.train, config.model
     tokens = train.global_batch * train.sequence_length
     flops = flops_per_token(model, train.sequence_length)
-    compute = tokens * flops / gpus / (0.75 * hardware.gemm.flops[train.precision])
+    compute = tokens * flops / gpus / (0.75 * getattr(hardware.gemm.flops, train.precision))
     micro_batches = train.global_batch // (train.micro_batch * grid.data)
     bubble = compute * (grid.pipeline - 1) / micro_batches / config.parallel.chunks_per_rank
     exposed = dict.fromkeys(GROUPS, 0.0) | {"bubble": bubble}

@@ -38,6 +38,8 @@ class Gemm(Strict):
     """Rate of a product for a weight's gradient, which is added into a wider buffer."""
     units: Count = 1
     """Multiprocessors, over which a product's tiles are dealt out in waves; 1: no waves."""
+    tail: NonNegative = 0.0
+    """Waves that a product loses because its last one is not full; 0.5 on average."""
     depth: NonNegative = 0.0
     """Depth k at which a product reaches half its rate: filling and emptying a tile's pipeline."""
 
@@ -67,7 +69,7 @@ class Shares(Strict):
     """Cross-entropy over the logits, either way."""
     embedding: Positive = 1.0
     """Rows looked up; their gradients added."""
-    copy: Positive = 1.0
+    plain: Positive = 1.0
     """Copies and sums of whole tensors; dropout."""
     optimizer: Positive = 1.0
     """AdamW, norms of gradients, gradients set to zero."""

@@ -5,35 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megallama.config.schema import Config
+from megallama.config.schema import Config, Model
 from megallama.plan.hardware import Hardware
+from megallama.plan.rundown import Rundown
 from megallama.spec.flops import flops_per_token, flops_per_token_6n
 from megallama.spec.grid import make_grid
 from megallama.spec.parameters import parameter_table
 
-#: What a step's time can be spent on besides computing.
-GROUPS = ("tensor", "pipeline", "bubble", "data", "step sum", "optimizer")
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that a rank does: `lane` is "compute" or the name of the group it waits in; `start`
-    and `end` are seconds from the step's begin."""
-
-    rank: int
-    lane: str
-    name: str
-    start: float
-    end: float
-    kind: str
+#: What a step's time is spent on besides the busiest rank's kernels, in the order in which it is
+#: said: collectives of tensor ranks that nothing hides, with the kernels that they slow down;
+#: messages between pipeline ranks; waiting for other pipeline ranks; gradients and weights of data
+#: ranks; the sums from the last gradient to the step's verdict; AdamW.
+GROUPS = ("tensor", "pipeline", "bubble", "data", "step_sum", "optimizer")
 
 
 @dataclass(frozen=True)
 class Prediction:
     """A step as it is predicted.
 
-    `exposed`: seconds of a step in which the busiest pipeline rank computes nothing, by what it
-    waits for (GROUPS), and the optimizer's; with `compute_seconds` they are the step. `mfu` and
+    `compute_seconds`: kernels of the pipeline rank that has most of them, as they would take alone.
+    `exposed`: seconds of the rest by GROUPS; with `compute_seconds` they are the step. `mfu` and
     `mfu_6n`: None where the machine has no peak.
     """
 
@@ -51,21 +42,25 @@ def predict(config: Config, hardware: Hardware, gpus: int) -> Prediction:
     Raises:
         ConfigError: the layout does not fill them.
     """
-    grid = make_grid(config, gpus)
-    train, model = config.train, config.model
-    tokens = train.global_batch * train.sequence_length
-    flops = flops_per_token(model, train.sequence_length)
-    compute = tokens * flops / gpus / (0.75 * getattr(hardware.gemm.flops, train.precision))
-    micro_batches = train.global_batch // (train.micro_batch * grid.data)
-    bubble = compute * (grid.pipeline - 1) / micro_batches / config.parallel.chunks_per_rank
-    exposed = dict.fromkeys(GROUPS, 0.0) | {"bubble": bubble}
-    return _prediction(config, hardware, gpus, compute, exposed)
-
-
-def spans(config: Config, hardware: Hardware, gpus: int) -> list[Span]:
-    """What each pipeline rank does in a step, for a timeline; ranks are pipeline ranks."""
-    seconds = predict(config, hardware, gpus).step_seconds
-    return [Span(0, "compute", "step", 0.0, seconds, "compute")]
+    rundown = Rundown(config, hardware, make_grid(config, gpus))
+    ranks = range(rundown.grid.pipeline)
+    work = max((rundown.work(rank) for rank in ranks), key=lambda timing: timing.seconds)
+    passes = rundown.ends(latency=False, data=False).passes
+    arrived = rundown.ends(data=False).passes if rundown.latency else passes
+    gradients = rundown.ends().gradients if rundown.exchanges else arrived
+    sums = max(rundown.end.sums(rundown.rank_parts(rank)) for rank in ranks)
+    update = max(rundown.end.update(rundown.rank_parts(rank)) for rank in ranks)
+    if config.parallel.early_step:  # the one under the other
+        sums = max(0.0, sums - update)
+    exposed = {
+        "tensor": work.seconds - work.compute,
+        "pipeline": arrived - passes,
+        "bubble": passes - work.seconds,
+        "data": gradients - arrived + rundown.blocked_seconds,
+        "step_sum": sums,
+        "optimizer": update,
+    }
+    return _prediction(config, hardware, gpus, work.compute, exposed)
 
 
 def _prediction(
@@ -78,9 +73,8 @@ def _prediction(
     train, peak = config.train, hardware.gemm.peak
     seconds = compute + sum(exposed.values())
     rate = train.global_batch * train.sequence_length / seconds / gpus
-    parameters = sum(parameter.numel for parameter in parameter_table(config.model))
     flops = rate * flops_per_token(config.model, train.sequence_length)
-    flops_6n = rate * flops_per_token_6n(parameters)
+    flops_6n = rate * flops_per_token_6n(parameter_count(config.model))
     return Prediction(
         seconds,
         rate,
@@ -89,3 +83,15 @@ def _prediction(
         compute,
         exposed,
     )
+
+
+def parameter_count(model: Model) -> int:
+    """Of the whole model."""
+    few = model.model_copy(update={"layers": 1})
+    ends, layer = 0, 0
+    for parameter in parameter_table(few):
+        if parameter.layer is None:
+            ends += parameter.numel
+        else:
+            layer += parameter.numel
+    return ends + model.layers * layer

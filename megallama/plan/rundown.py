@@ -1,0 +1,190 @@
+"""One run on one machine: its pipeline, its passes' times, and when each rank does what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from megallama.config.schema import Config
+from megallama.plan.chunk import Part
+from megallama.plan.costs import message_seconds
+from megallama.plan.hardware import Hardware
+from megallama.plan.passtimes import pass_times
+from megallama.plan.pipeline import Key, Plan, Times, few_micro_batches, period, plan_of
+from megallama.plan.shape import shape_of
+from megallama.plan.stepend import Bucket, Buckets, StepEnd
+from megallama.plan.streams import Lap, Timing
+from megallama.spec.grid import Grid
+from megallama.spec.stages import chunks_of
+
+
+@dataclass(frozen=True)
+class Ends:
+    """When all passes of a step are done, and when the data ranks' sums of gradients are."""
+
+    passes: float
+    gradients: float
+
+    def beyond(self, later: Ends, times: float) -> Ends:
+        """`times` further steps from this one to the `later` one."""
+        return Ends(
+            self.passes + times * (later.passes - self.passes),
+            self.gradients + times * (later.gradients - self.gradients),
+        )
+
+
+class Rundown:
+    """The parts that a prediction is added up from, each worked out when it is first asked for."""
+
+    def __init__(self, config: Config, hardware: Hardware, grid: Grid) -> None:
+        self.config, self.hardware, self.grid = config, hardware, grid
+        self.shape = shape_of(config, hardware.device)
+        self.times = pass_times(hardware, config.train.precision)
+        self.end = StepEnd(config, grid, self.times.costs)
+        chunks = chunks_of(config, grid)
+        self.parts = [Part(len(c.layers), c.embedding, c.head) for c in chunks]
+        train, parallel = config.train, config.parallel
+        self.micro_batches = train.global_batch // (train.micro_batch * grid.data)
+        self.fills = parallel.overlap != "none" and grid.tensor > 1
+
+    def plan(self, micro_batches: int) -> Plan:
+        parallel = self.config.parallel
+        name, stages, chunks = parallel.schedule, self.grid.pipeline, parallel.chunks_per_rank
+        return plan_of(name, stages, micro_batches, chunks, self.fills)
+
+    @cached_property
+    def plans(self) -> tuple[Plan, Plan, int]:
+        """Of few micro-batches, of a period more, and how many periods the run has beyond."""
+        parallel, grid = self.config.parallel, self.grid
+        named = parallel.schedule, grid.pipeline
+        few = few_micro_batches(*named, self.micro_batches, parallel.chunks_per_rank)
+        each = period(*named, parallel.chunks_per_rank)
+        plan, beyond = self.plan(few), (self.micro_batches - few) // each
+        return plan, self.plan(few + each) if beyond else plan, beyond
+
+    @cached_property
+    def timings(self) -> Mapping[Key, Timing]:
+        """Of every kind of pass that the schedule has."""
+        keys = {key for plan in self.plans[:2] for work in plan.work for key in work}
+        return {key: self._timing(key) for key in keys}
+
+    def _timing(self, key: Key) -> Timing:
+        kind, first, second = key
+        return self.times.timing(self.shape, kind, self.parts[first], self.parts[second])
+
+    def laps(self, key: Key) -> list[Lap]:
+        """The steps of a pass, from its begin."""
+        kind, first, second = key
+        return self.times.laps(self.shape, kind, self.parts[first], self.parts[second])
+
+    @cached_property
+    def seconds(self) -> Mapping[Key, float]:
+        return {key: timing.seconds for key, timing in self.timings.items()}
+
+    @cached_property
+    def latency(self) -> Mapping[tuple[int, int], float]:
+        """Of a message, by pipeline ranks: those of tensor rank 0 of the first data rank."""
+        size, stride = self.shape.stream(self.shape.rows), self.grid.tensor * self.grid.data
+        plan = self.plans[0]
+        return {
+            (a, b): message_seconds(self.hardware, size, a * stride, b * stride)
+            for a, b in plan.schedule.links
+        }
+
+    def work(self, rank: int) -> Timing:
+        """All passes of a pipeline rank."""
+        few, more, beyond = self.plans
+        total = Timing(0.0, 0.0)
+        for key, timing in self.timings.items():
+            count = few.work[rank].get(key, 0)
+            count += beyond * (more.work[rank].get(key, 0) - count)
+            total += float(count) * timing
+        return total
+
+    def ends(self, latency: bool = True, data: bool = True) -> Ends:
+        """Of the step, by the steady state's period; without messages' latency or the data ranks'
+        collectives where these are not asked for."""
+        few, more, beyond = self.plans
+        first = self._ends(few, latency, data)
+        return first.beyond(self._ends(more, latency, data), beyond) if beyond else first
+
+    def run(self, plan: Plan, latency: bool = True, data: bool = True) -> Times:
+        ready = self.ready if data else {}
+        return plan.run(self.seconds, self.latency if latency else 0.0, ready)
+
+    def _ends(self, plan: Plan, latency: bool, data: bool) -> Ends:
+        times = self.run(plan, latency, data)
+        passes = plan.makespan(times)
+        reduced = (end for _, _, end in self.reductions(plan, times) if data)
+        return Ends(passes, max(passes, max(reduced, default=0.0)))
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether there are data ranks to add gradients with."""
+        return self.grid.data > 1
+
+    @cached_property
+    def ready(self) -> Mapping[int, tuple[float, float]]:
+        """Of each chunk: the earliest end of its first forward, whose weights arrive bucket by
+        bucket under it, and the seconds by which that contention makes it slower."""
+        if not self.exchanges or self.shape.blocks:
+            return {}
+        found, slower = {}, self.hardware.contention
+        owners = self.plans[0].schedule.owners
+        for rank in range(self.grid.pipeline):
+            now = 0.0
+            for chunk in (c for c, owner in enumerate(owners) if owner == rank):
+                begin, buckets = now, self.end.buckets(self.parts[chunk])
+                forward = self._timing(("F", chunk, chunk)).seconds
+                floor, count = 0.0, len(buckets.all)
+                for place, bucket in enumerate(buckets.all):
+                    now += self.end.seconds(self.end.gather(bucket))
+                    floor = max(floor, now + forward * (1 - place / count))
+                beside = min(forward, now - begin) if not begin else 0.0
+                found[chunk] = floor, beside * slower / (1 + slower)
+        return found
+
+    @property
+    def blocked_seconds(self) -> float:
+        """Where every collective is waited for where it is started: the weights' on their way."""
+        if not self.exchanges or not self.shape.blocks:
+            return 0.0
+        return max(
+            sum(
+                self.end.seconds(self.end.gather(bucket))
+                for part in self.rank_parts(rank)
+                for bucket in self.end.buckets(part).all
+            )
+            for rank in range(self.grid.pipeline)
+        )
+
+    def reductions(self, plan: Plan, times: Times) -> Iterator[tuple[int, float, float]]:
+        """Rank, begin and end of every sum of a bucket's gradients. A bucket leaves when it is
+        complete, in the last backward of its chunk, one after the other."""
+        if not self.exchanges:
+            return
+        free = [0.0] * self.grid.pipeline
+        for index, node in enumerate(plan.nodes):
+            if node.closes < 0:
+                continue
+            begin, end = times.starts[index], times.ends[index]
+            if self.shape.blocks:
+                begin = end  # one stops the pass after the other, which comes to the same
+            for bucket, at in self._landed(self.end.buckets(self.parts[node.closes])):
+                start = max(free[node.rank], begin + (end - begin) * at)
+                free[node.rank] = start + self.end.seconds(self.end.reduce(bucket))
+                yield node.rank, start, free[node.rank]
+
+    def _landed(self, buckets: Buckets) -> Iterator[tuple[Bucket, float]]:
+        """The share of the last backward after which each bucket is complete: the output's before
+        it begins, a layer's when the next one's first gradients are made."""
+        if buckets.output is not None:
+            yield buckets.output, 0.0
+        for place in range(1, buckets.layers + 1):
+            yield buckets.layer, min(1.0, (place + 0.25) / buckets.layers)
+        yield buckets.ends, 1.0
+
+    def rank_parts(self, rank: int) -> list[Part]:
+        owners = self.plans[0].schedule.owners
+        return [part for part, owner in zip(self.parts, owners, strict=True) if owner == rank]

@@ -33,7 +33,11 @@ class Costs:
     def _compute(self, op: Compute) -> float:
         memory = self.hardware.memory
         if isinstance(op, Gemm):
-            return memory.kernel_seconds + max(self._product(op), op.bytes / memory.bandwidth)
+            seconds = max(self._product(op), op.bytes / memory.bandwidth)
+            if op.phase == "wgrad":
+                added = 2 * max(op.itemsize, 4) * op.m * op.n * op.count
+                seconds += self.hardware.gemm.addition * added / memory.bandwidth
+            return memory.kernel_seconds + seconds
         if isinstance(op, Attend):
             return memory.kernel_seconds + self._attention(op)
         share: float = getattr(memory.shares, op.share)

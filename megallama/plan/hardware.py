@@ -40,6 +40,9 @@ class Gemm(Strict):
     """Multiprocessors, over which a product's tiles are dealt out in waves; 1: no waves."""
     tail: NonNegative = 0.0
     """Waves that a product loses because its last one is not full; 0.5 on average."""
+    addition: NonNegative = 0.0
+    """Of the time to read and write a weight's gradient, what a product that is added into it
+    takes longer: a tile is added when its product is done, and little runs under that."""
     depth: NonNegative = 0.0
     """Depth k at which a product reaches half its rate: filling and emptying a tile's pipeline."""
 

@@ -16,6 +16,7 @@ from megallama.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, UserError
 COMMANDS = {
     "train": "train a model from a config",
     "bench": "time training steps of a config",
+    "plan": "predict a run's memory and time; find its layout",
     "generate": "continue a prompt with a checkpoint",
     "report": "draw a run's curves: one picture and one page",
     "convert": "to and from Hugging Face's and Meta's formats",

@@ -28,8 +28,8 @@ LASTING = frozenset(
 )
 #: Of the bytes that come and go, what the allocator rounds up and cannot use again. Assumed.
 FRAGMENTED = 0.05
-#: Of a GPU: what the driver keeps of its nominal size, the context, libraries' workspaces, NCCL's
-#: channels. Of a CPU: an interpreter with PyTorch. Assumed.
+#: Of a GPU: the context, libraries' workspaces and the channels of NCCL's groups. Of a CPU: an
+#: interpreter with PyTorch. Assumed.
 LIBRARIES: Mapping[str, int] = MappingProxyType({"cuda": 2 << 30, "cpu": 1 << 28})
 
 

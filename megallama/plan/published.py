@@ -74,11 +74,19 @@ def read_runs(lines: Iterable[str]) -> list[Run]:
 
 
 def _run(row: Mapping[str, str]) -> Run:
-    counts = "d_model layers heads vocab seq tp pp virtual_stages dp".split()
-    counts += ["micro_batch", "global_batch"]
     return Run(
-        row["name"],
-        *(int(row[key]) for key in counts),
+        name=row["name"],
+        d_model=int(row["d_model"]),
+        layers=int(row["layers"]),
+        heads=int(row["heads"]),
+        vocab=int(row["vocab"]),
+        seq=int(row["seq"]),
+        tp=int(row["tp"]),
+        pp=int(row["pp"]),
+        virtual_stages=int(row["virtual_stages"]),
+        dp=int(row["dp"]),
+        micro_batch=int(row["micro_batch"]),
+        global_batch=int(row["global_batch"]),
         recompute="full" if row["recompute"] == "full" else "selective",
         sequence_parallel=row["sequence_parallel"] == "yes",
         seconds=float(row["seconds_per_step"]),

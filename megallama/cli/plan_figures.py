@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megallama.config.schema import Config
+from megallama.errors import ConfigError
 from megallama.plan.advice import LAWS, SERVING, TRAINING, Advice, Law, for_flops, for_loss
 from megallama.plan.hardware import Hardware
 from megallama.plan.ledger import Ledger, Stage, ledger, way_out
@@ -62,7 +63,10 @@ class Advised:
 
 def planned(config: Config, hardware: Hardware, gpus: int, budget: float | None) -> Planned:
     """Raises ConfigError where the GPUs do not make the config's grid."""
-    grid = make_grid(config, gpus)
+    try:
+        grid = make_grid(config, gpus)
+    except ConfigError as error:
+        raise ConfigError(f"--gpus {gpus}: {error}") from None
     parallel = {"data": grid.data, "virtual_stages": config.parallel.chunks_per_rank}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
     train = config.train

@@ -110,10 +110,11 @@ def show_search(console: Console, found: Found) -> None:
     console.print(
         f"{found.tried:,} layouts, {found.priced:,} predicted; * less memory than every faster one"
     )
-    table = _table("tokens/s/GPU", "MFU", "GiB", "tp", "pp", "dp", "schedule", "micro-batch",
-                   "saved", "overlap")  # fmt: skip
-    for column in table.columns[6:]:
-        column.justify = "left"
+    table = _table(
+        "tokens/s/GPU", "MFU", "GiB", "tp·pp·dp", "schedule", "batch", "saved", "overlap"
+    )
+    for column in table.columns[4:]:
+        column.justify, column.overflow = "left", "fold"
     front = set(map(id, found.front))
     for one in found.ranked:
         layout, step = one.layout, one.prediction
@@ -122,7 +123,7 @@ def show_search(console: Console, found: Found) -> None:
             f"{step.tokens_per_second_per_gpu:,.1f}",
             "" if step.mfu is None else f"{step.mfu:.1%}",
             _gib(one.stage.needed) + (" *" if id(one) in front else "  "),
-            *map(str, (layout.tensor, layout.pipeline, layout.data)),
+            f"{layout.tensor}·{layout.pipeline}·{layout.data}",
             layout.schedule + chunks, str(layout.micro_batch), layout.policy, layout.overlap,
         )  # fmt: skip
     console.print(table)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megallama.errors import ConfigError
+from megallama.config import ConfigError
 
 #: FLOPs a parameter and token of training and of serving (arXiv 2001.08361).
 TRAINING, SERVING = 6, 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +20,7 @@ from megallama.plan.shape import shape_of
 from megallama.spec.memory import ITEMSIZE
 from megallama.spec.parameters import parameter_table
 from megallama.spec.saved import saved_bytes, weight_state_bytes
-from megallama.spec.schedules.actions import Action, passes
+from megallama.spec.schedules.actions import Action, Fused, passes
 from megallama.spec.schedules.build import chunk_owners, make_schedule
 from megallama.spec.stages import layer_counts
 
@@ -148,14 +147,18 @@ def _kept(
 
 
 def _moments(actions: Sequence[Action], layers: Mapping[int, int]) -> list[tuple[int, int]]:
-    """As in `spec.memory.peak_layers`, of both kinds at the same moment."""
-    held: Counter[str] = Counter()
-    found = set()
-    for one in passes(actions):
-        size = layers[one.chunk]
-        held["F"] += size if one.kind == "F" else 0
-        found.add((held["F"], held["B"]))
-        held["F"] -= size if one.kind in ("B", "BW") else 0
-        held["B"] += {"B": size, "W": -size}.get(one.kind, 0)
-        found.add((held["F"], held["B"]))
+    """As in `spec.memory.peak_layers`, of both kinds at the same moment, but between actions: in a
+    fused one the forward fills a layer as the backward empties one."""
+    sets = states = 0
+    found = {(0, 0)}
+    for action in actions:
+        fused = isinstance(action, Fused)
+        for one in passes((action,)):
+            size = layers[one.chunk]
+            sets += size if one.kind == "F" else 0
+            if not fused:
+                found.add((sets, states))
+            sets -= size if one.kind in ("B", "BW") else 0
+            states += {"B": size, "W": -size}.get(one.kind, 0)
+        found.add((sets, states))
     return [a for a in found if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in found)]

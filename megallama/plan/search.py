@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from megallama.config import ConfigError
 from megallama.config.schema import Config
-from megallama.errors import ConfigError
 from megallama.plan.bounds import least_bytes, least_seconds, roughly_least_seconds
 from megallama.plan.hardware import Hardware
 from megallama.plan.layouts import Layout, layouts
@@ -78,14 +78,14 @@ def search(config: Config, hardware: Hardware, devices: int, fixed: Collection[s
     every = list(layouts(config, devices, hardware.ranks, fixed))
     if not every:
         raise ConfigError(
-            f"{devices} devices: no layout divides this run among them; try another number, "
+            f"{_devices(devices)}: no layout divides this run among them; try another number, "
             "another train.global_batch, or leave keys of parallel to the search"
         )
     search = _Search(hardware, devices)
     ranked = tuple(search.best_first(every))
     if not ranked:
         raise ConfigError(
-            f"{devices} devices of {hardware.memory.capacity / 2**30:.1f} GiB: none of "
+            f"{_devices(devices)} of {hardware.memory.capacity / 2**30:.1f} GiB: none of "
             f"{len(every)} layouts fits; use more devices, or leave keys to the search"
         )
     return Found(ranked, len(every), search.priced)
@@ -147,3 +147,7 @@ class _Search:
         if self.count == 1:
             self.slowest = LONGER * prediction.step_seconds
         return Candidate(layout, prediction, largest)
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' if count > 1 else ''}"

@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from megallama.config import ConfigError
 from megallama.config.load import read_yaml
 from megallama.config.schema import Count, NonNegative, Positive, Strict
-from megallama.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "hardware"
 

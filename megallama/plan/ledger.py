@@ -79,18 +79,18 @@ class Ledger:
         return self.largest.needed <= self.capacity
 
 
-def ledger(config: Config, grid: Grid, hardware: Hardware) -> Ledger:
-    """The memory of a run on a grid of such devices."""
-    schedule = run_schedule(config, grid)
-    stages = (stage(config, grid, hardware, rank, schedule) for rank in range(grid.pipeline))
+def ledger(
+    config: Config, grid: Grid, hardware: Hardware, schedule: Schedule | None = None
+) -> Ledger:
+    """The memory of a run on a grid of such devices; `schedule`: the run's, where it is at hand."""
+    made = schedule or run_schedule(config, grid)
+    stages = (stage(config, grid, hardware, rank, made) for rank in range(grid.pipeline))
     return Ledger(tuple(stages), hardware.memory.capacity)
 
 
-def stage(
-    config: Config, grid: Grid, hardware: Hardware, rank: int, schedule: Schedule | None = None
-) -> Stage:
-    """One pipeline rank's; `schedule`: the run's, where it is at hand."""
-    device, actions = device_of(hardware), (schedule or run_schedule(config, grid)).actions[rank]
+def stage(config: Config, grid: Grid, hardware: Hardware, rank: int, schedule: Schedule) -> Stage:
+    """One pipeline rank's."""
+    device, actions = device_of(hardware), schedule.actions[rank]
     items = rank_bytes(config, Place(grid, grid.group("pipeline", 0)[rank]), actions, device)
     chunks = zip(chunks_of(config, grid), owners_of(config, grid), strict=True)
     own = tuple(chunk for chunk, owner in chunks if owner == rank)

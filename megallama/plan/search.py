@@ -15,12 +15,13 @@ from megallama.plan.layouts import Layout, layouts
 from megallama.plan.ledger import Stage, ledger, stage
 from megallama.plan.predict import Prediction, predict
 from megallama.spec.grid import make_grid
+from megallama.spec.groups import run_schedule
 
 #: Layouts that are ranked. Slower ones are found where they need less memory.
 RANKED = 12
 #: For its memory alone a layout is worth a row if its step takes at most so much longer than the
 #: fastest one's, and it needs at most this share of what every faster one needs.
-LONGER, LESS = 1.2, 0.9
+LONGER, LESS = 1.15, 0.9
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ class _Search:
         if least.bytes > self._room:
             return None
         grid = make_grid(layout.config, self.devices)
-        one = stage(layout.config, grid, self.hardware, least.rank)
+        schedule = run_schedule(layout.config, grid)
+        one = stage(layout.config, grid, self.hardware, least.rank, schedule)
         if one.needed > self._room:  # spares the other stages
             return None
-        largest = ledger(layout.config, grid, self.hardware).largest
+        largest = ledger(layout.config, grid, self.hardware, schedule).largest
         if largest.needed > self._room:
             return None
         self.count, self.smallest = self.count + 1, min(self.smallest, largest.needed)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import TypeAlias
 
 from megallama.spec.schedules.actions import Compute, Fused, Receive, Schedule, Send
 from megallama.spec.schedules.build import make_schedule
@@ -47,6 +48,9 @@ class Times:
     ends: Sequence[float]
 
 
+_Row: TypeAlias = tuple[int, int, tuple[tuple[int, int, int], ...], int, int]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A schedule's passes in an order in which each comes after what it needs."""
@@ -57,6 +61,16 @@ class Plan:
     """Each rank's last node."""
     work: tuple[Mapping[Key, int], ...]
     """How often each rank runs each kind of pass."""
+    keys: tuple[Key, ...]
+    links: tuple[tuple[int, int], ...]
+    rows: tuple[_Row, ...]
+    """The nodes again, for speed: the node before, the place of its key, for each message its
+    maker, its receive and the place of its link, `opens` and `messages`."""
+
+    @cached_property
+    def closing(self) -> tuple[int, ...]:
+        """The nodes that are the last of a chunk's."""
+        return tuple(index for index, node in enumerate(self.nodes) if node.closes >= 0)
 
     def run(
         self,
@@ -72,25 +86,29 @@ class Plan:
         earliest end of its first pass, and the seconds by which that is slower. `blocked`: seconds
         that a rank spends itself on each message that it sends or takes.
         """
-        nodes, ready = self.nodes, ready or {}
-        starts, ends = [0.0] * len(nodes), [0.0] * len(nodes)
-        each = latency if isinstance(latency, Mapping) else None
-        same = 0.0 if isinstance(latency, Mapping) else latency
-        for index, node in enumerate(nodes):
-            start = ends[node.before] if node.before >= 0 else 0.0
-            for maker, posted in node.takes:
-                sent = ends[maker]
-                if posted >= 0 and ends[posted] > sent:
-                    sent = ends[posted]
-                sent += same if each is None else each[nodes[maker].rank, node.rank]
-                if sent > start:
-                    start = sent
+        each = [seconds.get(key, 0.0) for key in self.keys]
+        if isinstance(latency, Mapping):
+            delays = [latency[link] for link in self.links]
+        else:
+            delays = [latency] * len(self.links)
+        starts = [0.0] * len(self.rows)
+        ends = [0.0] * (len(self.rows) + 1)  # the last is what -1 finds: the begin
+        for index, (before, key, takes, opens, messages) in enumerate(self.rows):
+            start = ends[before]
+            for maker, posted, link in takes:
+                sent, other = ends[maker], ends[posted]
+                arrival = (sent if sent > other else other) + delays[link]
+                if arrival > start:
+                    start = arrival
             starts[index] = start
-            end = start + seconds[node.key] + blocked * node.messages
-            if node.opens >= 0 and node.opens in ready:
-                floor, slower = ready[node.opens]
+            end = start + each[key]
+            if blocked:
+                end += blocked * messages
+            if opens >= 0 and ready and opens in ready:
+                floor, slower = ready[opens]
                 end = max(end + slower, floor)
             ends[index] = end
+        ends.pop()
         return Times(starts, ends)
 
     def makespan(self, times: Times) -> float:
@@ -139,7 +157,22 @@ class _Compiler:
         for node in self.nodes:
             work[node.rank][node.key] = work[node.rank].get(node.key, 0) + 1
         last = tuple(rank.last for rank in self.ranks)
-        return Plan(self.schedule, tuple(self.nodes), last, tuple(work))
+        keys = tuple(dict.fromkeys(node.key for node in self.nodes))
+        links = tuple(sorted(self.schedule.links))
+        rows = self._rows({key: i for i, key in enumerate(keys)}, links)
+        return Plan(self.schedule, tuple(self.nodes), last, tuple(work), keys, links, rows)
+
+    def _rows(
+        self, places: Mapping[Key, int], links: Sequence[tuple[int, int]]
+    ) -> tuple[_Row, ...]:
+        rows: list[_Row] = []
+        for node in self.nodes:
+            takes = tuple(
+                (maker, posted, links.index((self.nodes[maker].rank, node.rank)))
+                for maker, posted in node.takes
+            )
+            rows.append((node.before, places[node.key], takes, node.opens, node.messages))
+        return tuple(rows)
 
     def _go_on(self, number: int) -> set[int]:
         rank, told = self.ranks[number], set()

@@ -48,8 +48,9 @@ def predict(config: Config, hardware: Hardware, gpus: int) -> Prediction:
     passes = rundown.ends(latency=False, data=False).passes
     arrived = rundown.ends(data=False).passes if rundown.latency else passes
     gradients = rundown.ends().gradients if rundown.exchanges else arrived
-    sums = max(rundown.end.sums(rundown.rank_parts(rank)) for rank in ranks)
-    update = max(rundown.end.update(rundown.rank_parts(rank)) for rank in ranks)
+    shares = {tuple(rundown.rank_parts(rank)) for rank in ranks}
+    sums = max(rundown.end.sums(share) for share in shares)
+    update = max(rundown.end.update(share) for share in shares)
     if config.parallel.early_step:  # the one under the other
         sums = max(0.0, sums - update)
     exposed = {

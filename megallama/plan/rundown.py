@@ -89,7 +89,7 @@ class Rundown:
         plan = self.plans[0]
         return {
             (a, b): message_seconds(self.hardware, size, a * stride, b * stride)
-            for a, b in plan.schedule.links
+            for a, b in plan.links
         }
 
     def work(self, rank: int) -> Timing:
@@ -165,9 +165,8 @@ class Rundown:
         if not self.exchanges:
             return
         free = [0.0] * self.grid.pipeline
-        for index, node in enumerate(plan.nodes):
-            if node.closes < 0:
-                continue
+        for index in plan.closing:
+            node = plan.nodes[index]
             begin, end = times.starts[index], times.ends[index]
             if self.shape.blocks:
                 begin = end  # one stops the pass after the other, which comes to the same

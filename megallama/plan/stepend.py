@@ -7,6 +7,7 @@ asks for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,7 +43,7 @@ class Buckets:
     layers: int
     output: Bucket | None
 
-    @property
+    @cached_property
     def all(self) -> list[Bucket]:
         found = [self.ends, *[self.layer] * self.layers]
         return found if self.output is None else [*found, self.output]
@@ -55,10 +56,17 @@ class StepEnd:
         self.config, self.grid, self.costs = config, grid, costs
         self.itemsize = ITEMSIZE[config.train.precision]
         self.wide = max(self.itemsize, 4)
+        self._buckets: dict[Part, Buckets] = {}
         self.wire = 2 if config.parallel.gradient_wire == "bf16" else self.wide
 
     def buckets(self, part: Part) -> Buckets:
         """A chunk's."""
+        found = self._buckets.get(part)
+        if found is None:
+            found = self._buckets[part] = self._of_chunk(part)
+        return found
+
+    def _of_chunk(self, part: Part) -> Buckets:
         model, tensor = self.config.model, self.grid.tensor
         vocab = vocab_rows(model.vocab, tensor), model.d_model
         norms = [(model.d_model,)] * (2 * part.layers + part.head)
@@ -94,7 +102,7 @@ class StepEnd:
         stride = self.grid.tensor if collective.group == "data" else 1
         return self.costs.collective(collective, stride)
 
-    def sums(self, parts: list[Part]) -> float:
+    def sums(self, parts: Sequence[Part]) -> float:
         """From the last gradient to the step's verdict: small sums over the ranks that hold the
         same rectangle, the squared norms, the sum over all ranks."""
         config, tensor, world = self.config, self.grid.tensor, self.grid.size
@@ -111,7 +119,7 @@ class StepEnd:
         size = 2 * (world - 1) * -(-elements // world) * SUM_ITEMSIZE
         return seconds + self.seconds(Collective("world", "all_reduce", world, size))
 
-    def update(self, parts: list[Part]) -> float:
+    def update(self, parts: Sequence[Part]) -> float:
         """AdamW over this data rank's rows, and the gradients set to zero."""
         buckets = [bucket for part in parts for bucket in self.buckets(part).all]
         own, local = sum(b.own for b in buckets), sum(b.local for b in buckets)

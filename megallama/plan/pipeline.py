@@ -244,15 +244,20 @@ def _keys(actions: Sequence[object], fills: bool) -> dict[Slot, Key]:
     return found
 
 
-def period(schedule: str, stages: int, virtual_stages: int) -> int:
-    """Micro-batches after which the steady state repeats: interleaved ones go in groups of p."""
-    return stages if schedule.startswith("interleaved") and virtual_stages > 1 else 1
+def period(schedule: str, stages: int) -> int:
+    """Micro-batches after which the steady state repeats.
+
+    As many as go round in a circle of passes that wait for each other: the p that an interleaved
+    schedule takes together, or that 1F1B's first rank has under way when messages take time; the
+    fused one's has twice as many.
+    """
+    return 2 * stages if schedule == "1f1b-fused" else stages
 
 
-def few_micro_batches(schedule: str, stages: int, micro_batches: int, virtual_stages: int) -> int:
+def few_micro_batches(schedule: str, stages: int, micro_batches: int) -> int:
     """As many as show the steady state; more by whole periods make up `micro_batches`."""
-    each = period(schedule, stages, virtual_stages)
-    enough = 3 * stages + 2
+    each = period(schedule, stages)
+    enough = 2 * stages + 2
     if micro_batches <= enough + 2 * each:
         return micro_batches
     return enough + (micro_batches - enough) % each

@@ -98,8 +98,8 @@ def predict_run(one: Run, hardware: Hardware) -> float:
     name = "interleaved" if one.virtual_stages > 1 else "1f1b"
     shape = name, one.pp
     micro_batches = one.global_batch // one.micro_batch // one.dp
-    few = few_micro_batches(*shape, micro_batches, one.virtual_stages)
-    each = period(*shape, one.virtual_stages)
+    few = few_micro_batches(*shape, micro_batches)
+    each = period(*shape)
     beyond = (micro_batches - few) // each
     seconds, message = _pass_seconds(one, hardware), _message_seconds(one, hardware)
 

@@ -58,8 +58,8 @@ class Rundown:
         """Of few micro-batches, of a period more, and how many periods the run has beyond."""
         parallel, grid = self.config.parallel, self.grid
         named = parallel.schedule, grid.pipeline
-        few = few_micro_batches(*named, self.micro_batches, parallel.chunks_per_rank)
-        each = period(*named, parallel.chunks_per_rank)
+        few = few_micro_batches(*named, self.micro_batches)
+        each = period(*named)
         plan, beyond = self.plan(few), (self.micro_batches - few) // each
         return plan, self.plan(few + each) if beyond else plan, beyond
 

@@ -43,7 +43,7 @@ def layout_words(config: Config) -> str:
     parts = [f"tensor {parallel.tensor} x data {parallel.data} x pipeline {parallel.pipeline}"]
     chunks = parallel.chunks_per_rank
     parts.append(parallel.schedule + (f" x {chunks} chunks" if chunks > 1 else ""))
-    parts.append(f"{count} micro-batches of {train.micro_batch}")
+    parts.append(f"{count} micro-batch{'es' if count > 1 else ''} of {train.micro_batch}")
     return ", ".join([*parts, f"{train.saved_activations}, overlap {parallel.overlap}"])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from megallama.cli.plan_figures import Planned
+from megallama.cli.plan_inside import draw_inside, first_passes
 from megallama.cli.plan_text import layout_words
 from megallama.dist.recorder import Event
 from megallama.plan.spans import Span, spans
@@ -15,16 +17,19 @@ from megallama.train.trace import RankTimeline, Timeline
 #: Lanes of what is inside a pass, of the first pass of each kind alone: in a trace under the
 #: passes, too fine for a picture.
 INSIDE = ("kernels", "tensor")
-WIDTH, TOP, BOTTOM, LEFT, RIGHT = 12.0, 1.1, 0.6, 0.9, 0.24  # inches
+#: Inches: of the picture, around the step, of the axes that look inside and the room above them.
+WIDTH, TOP, BOTTOM, LEFT, RIGHT, ZOOM, GAP = 12.0, 1.1, 0.6, 0.9, 0.24, 0.8, 0.95
 
 
-def timeline(plan: Planned, inside: bool = True) -> Timeline:
-    """The predicted step, a rank for each pipeline stage; with what is `inside` of passes."""
+def timeline(plan: Planned) -> Timeline:
+    """The predicted step, a rank for each pipeline stage, with what is inside of passes."""
+    return _timeline(spans(plan.config, plan.hardware, plan.grid.size), "pp {}, predicted")
+
+
+def _timeline(found: Sequence[Span], name: str) -> Timeline:
     events: dict[int, list[Event]] = defaultdict(list)
-    for span in spans(plan.config, plan.hardware, plan.grid.size):
-        if inside or span.lane not in INSIDE:
-            events[span.rank].append(_event(span))
-    name = "pp {}, predicted" if inside else "pp {}"
+    for span in found:
+        events[span.rank].append(_event(span))
     ranks = (RankTimeline(name.format(rank), "", tuple(events[rank])) for rank in sorted(events))
     return Timeline(1, tuple(ranks))
 
@@ -36,42 +41,56 @@ def _event(span: Span) -> Event:
 
 
 def picture(plan: Planned) -> bytes:
-    """The PNG, drawn as a measured step is."""
+    """The PNG: the step as a measured one is drawn, and two layers of its passes from inside."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from megallama.train.picture import MUTED, STYLE
+    from megallama.train.picture import STYLE
     from megallama.train.timeline import ROW_INCHES, draw_timeline, shown_ranks
 
-    drawn = timeline(plan, inside=False)
+    found = spans(plan.config, plan.hardware, plan.grid.size)
+    drawn = _timeline([span for span in found if span.lane not in INSIDE], "pp {}")
+    zooms = first_passes(plan, found)
     rows = ROW_INCHES * max(2, len(shown_ranks(drawn)))
-    height = TOP + rows + BOTTOM
+    below = ZOOM + GAP if zooms else 0.0
+    height = TOP + rows + below + BOTTOM
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), dpi=160, facecolor="white")
-        axes = figure.add_axes(
-            (LEFT / WIDTH, BOTTOM / height, (WIDTH - LEFT - RIGHT) / WIDTH, rows / height)
-        )
+        width = WIDTH - LEFT - RIGHT
+        axes = _axes(figure, LEFT, BOTTOM + below, width, rows)
         draw_timeline(axes, drawn)
-        left, title, subtitle = 0.24 / WIDTH, 1 - 0.3 / height, 1 - 0.62 / height
-        step, name = plan.prediction, plan.config.run.name
-        words = f"{name} on {plan.grid.size:,} x {plan.hardware.name}: a predicted step"
-        figure.text(left, title, words, fontsize=16, fontweight="bold", va="center")
-        words = f"{layout_words(plan.config)}; {step.step_seconds:.2f} s, "
-        words += f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
-        figure.text(left, subtitle, words, fontsize=10, color=MUTED, va="center")
-        _draw_legend(axes, drawn, height)
+        _write_head(plan, axes, drawn)
+        half = (width - LEFT) / 2
+        for place, (one, layers) in enumerate(zooms):
+            zoom = _axes(figure, LEFT + place * (half + LEFT), BOTTOM, half, ZOOM)
+            draw_inside(zoom, one, layers, found)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _draw_legend(axes: Any, drawn: Timeline, height: float) -> None:
+def _axes(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
+    """Axes, in inches."""
+    high = figure.get_figheight()
+    return figure.add_axes((left / WIDTH, bottom / high, width / WIDTH, height / high))
+
+
+def _write_head(plan: Planned, axes: Any, drawn: Timeline) -> None:
+    """Title, subtitle and legend."""
     from matplotlib.patches import Patch
 
+    from megallama.train.picture import MUTED
     from megallama.train.timeline import legend_entries
 
+    figure, step = axes.figure, plan.prediction
+    height, left = figure.get_figheight(), 0.24 / WIDTH
+    words = f"{plan.config.run.name} on {plan.grid.size:,} x {plan.hardware.name}: a predicted step"
+    figure.text(left, 1 - 0.3 / height, words, fontsize=16, fontweight="bold", va="center")
+    words = f"{layout_words(plan.config)}; {step.step_seconds:.2f} s, "
+    words += f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
+    figure.text(left, 1 - 0.62 / height, words, fontsize=10, color=MUTED, va="center")
     patches = [Patch(color=colour, label=word) for word, colour in legend_entries(drawn)]
-    axes.figure.legend(
+    figure.legend(
         handles=patches, loc="center right", ncols=len(patches), frameon=False, fontsize=9.5,
         bbox_to_anchor=(1 - RIGHT / WIDTH + 0.01, 1 - 0.92 / height), handlelength=1.1,
         columnspacing=1.3,

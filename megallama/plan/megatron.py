@@ -77,45 +77,45 @@ def chunk_backward(gpt: Gpt, part: Ends) -> list[Issued]:
 def _chunk_forward(gpt: Gpt, part: Ends) -> Pass[None]:
     if part.embedding:
         yield Move("embedding", "embedding", 4 * HALF * gpt.tokens * gpt.h)
-        yield from _scatter(gpt)
+        yield from scatter(gpt)
         yield Move("dropout", "plain", (2 * HALF + 1) * gpt.stream)
     for _ in range(part.layers):
         yield from layer_forward(gpt)
     if part.head:
         yield _layer_norm(gpt)
-        yield from _gather(gpt)
-        yield _gemm("logits", "forward", gpt.tokens, gpt.v // gpt.t, gpt.h)
+        yield from gather(gpt)
+        yield gemm("logits", "forward", gpt.tokens, gpt.v // gpt.t, gpt.h)
         yield Move("loss", "loss", LOSS_FORWARD * gpt.tokens * gpt.v // gpt.t)
 
 
 def _chunk_backward(gpt: Gpt, part: Ends) -> Pass[None]:
     if part.head:
         yield Move("loss backward", "loss", LOSS_BACKWARD * gpt.tokens * gpt.v // gpt.t)
-        yield from _column_backward(gpt, "logits", gpt.v // gpt.t)
+        yield from column_backward(gpt, "logits", gpt.v // gpt.t, bias=False)
         yield _layer_norm_backward(gpt)
     for _ in range(part.layers):
         if gpt.recompute == "full":
             yield from layer_forward(gpt)
         yield from layer_backward(gpt)
     if part.embedding:
-        yield from _gather(gpt)
+        yield from gather(gpt)
         yield Move("embedding backward", "embedding", (HALF + 2 * 4) * gpt.tokens * gpt.h)
 
 
 def layer_forward(gpt: Gpt) -> Pass[None]:
     yield _layer_norm(gpt)
-    yield from _gather(gpt)
-    yield _gemm("QKV", "forward", gpt.tokens, 3 * gpt.h // gpt.t, gpt.h)
+    yield from gather(gpt)
+    yield gemm("QKV", "forward", gpt.tokens, 3 * gpt.h // gpt.t, gpt.h)
     yield from core_attention(gpt)
-    yield _gemm("projection", "forward", gpt.tokens, gpt.h, gpt.h // gpt.t)
-    yield from _scatter(gpt)
+    yield gemm("projection", "forward", gpt.tokens, gpt.h, gpt.h // gpt.t)
+    yield from scatter(gpt)
     yield _dropout_add(gpt)
     yield _layer_norm(gpt)
-    yield from _gather(gpt)
-    yield _gemm("h to 4h", "forward", gpt.tokens, 4 * gpt.h // gpt.t, gpt.h)
+    yield from gather(gpt)
+    yield gemm("h to 4h", "forward", gpt.tokens, 4 * gpt.h // gpt.t, gpt.h)
     yield Move("GELU", "activation", 2 * HALF * gpt.tokens * 4 * gpt.h // gpt.t)
-    yield _gemm("4h to h", "forward", gpt.tokens, gpt.h, 4 * gpt.h // gpt.t)
-    yield from _scatter(gpt)
+    yield gemm("4h to h", "forward", gpt.tokens, gpt.h, 4 * gpt.h // gpt.t)
+    yield from scatter(gpt)
     yield _dropout_add(gpt)
 
 
@@ -132,19 +132,19 @@ def core_attention(gpt: Gpt) -> Pass[None]:
 def layer_backward(gpt: Gpt) -> Pass[None]:
     wide = 4 * gpt.h // gpt.t
     yield _dropout_backward(gpt)
-    yield from _row_backward(gpt, "4h to h", wide)
+    yield from row_backward(gpt, "4h to h", wide)
     yield Move("GELU backward", "activation_backward", 4 * HALF * gpt.tokens * wide)
-    yield from _column_backward(gpt, "h to 4h", wide)
+    yield from column_backward(gpt, "h to 4h", wide)
     yield _layer_norm_backward(gpt)
-    yield _add(gpt)
+    yield add(gpt)
     yield _dropout_backward(gpt)
-    yield from _row_backward(gpt, "projection", gpt.h // gpt.t)
+    yield from row_backward(gpt, "projection", gpt.h // gpt.t)
     if gpt.recompute == "selective":
         yield from core_attention(gpt)
     yield from _core_attention_backward(gpt)
-    yield from _column_backward(gpt, "QKV", 3 * gpt.h // gpt.t)
+    yield from column_backward(gpt, "QKV", 3 * gpt.h // gpt.t)
     yield _layer_norm_backward(gpt)
-    yield _add(gpt)
+    yield add(gpt)
 
 
 def _core_attention_backward(gpt: Gpt) -> Pass[None]:
@@ -158,22 +158,23 @@ def _core_attention_backward(gpt: Gpt) -> Pass[None]:
     yield Move("gradients of QKV", "plain", 3 * 2 * HALF * gpt.tokens * gpt.h // gpt.t)
 
 
-def _column_backward(gpt: Gpt, name: str, columns: int) -> Pass[None]:
-    """dgrad and its sum, with the weight gradient under the sum and the bias's in it."""
+def column_backward(gpt: Gpt, name: str, columns: int, bias: bool = True) -> Pass[None]:
+    """dgrad and its sum, with the weight gradient under the sum, and the bias's."""
     gathered = (yield from _start(gpt, "all_gather")) if gpt.sequence_parallel else Wait()
-    yield _gemm(f"{name} dgrad", "dgrad", gpt.tokens, gpt.h, columns)
+    yield gemm(f"{name} dgrad", "dgrad", gpt.tokens, gpt.h, columns)
     yield gathered
     operation = "reduce_scatter" if gpt.sequence_parallel else "all_reduce"
     total = yield from _start(gpt, operation)
-    yield _gemm(f"{name} wgrad", "wgrad", columns, gpt.h, gpt.tokens)
-    yield Move("bias gradient", "plain", HALF * gpt.tokens * columns)
+    yield gemm(f"{name} wgrad", "wgrad", columns, gpt.h, gpt.tokens)
+    if bias:
+        yield Move("bias gradient", "plain", HALF * gpt.tokens * columns)
     yield total
 
 
-def _row_backward(gpt: Gpt, name: str, columns: int) -> Pass[None]:
-    yield from _gather(gpt)
-    yield _gemm(f"{name} dgrad", "dgrad", gpt.tokens, columns, gpt.h)
-    yield _gemm(f"{name} wgrad", "wgrad", gpt.h, columns, gpt.tokens)
+def row_backward(gpt: Gpt, name: str, columns: int) -> Pass[None]:
+    yield from gather(gpt)
+    yield gemm(f"{name} dgrad", "dgrad", gpt.tokens, columns, gpt.h)
+    yield gemm(f"{name} wgrad", "wgrad", gpt.h, columns, gpt.tokens)
 
 
 # One kernel each.
@@ -197,12 +198,12 @@ def _dropout_backward(gpt: Gpt) -> Move:
     return Move("dropout backward", "plain", (3 * HALF + 1) * gpt.stream)
 
 
-def _add(gpt: Gpt) -> Move:
+def add(gpt: Gpt) -> Move:
     """The gradients of the residual and of the branch."""
     return Move("add", "plain", 3 * HALF * gpt.stream)
 
 
-def _gemm(name: str, phase: Phase, m: int, n: int, k: int) -> Gemm:
+def gemm(name: str, phase: Phase, m: int, n: int, k: int) -> Gemm:
     return Gemm(name, phase, m, n, k, HALF)
 
 
@@ -214,12 +215,12 @@ def _scores_gemm(gpt: Gpt, name: str, phase: Phase, m: int, n: int, k: int) -> G
 # Collectives. g and ḡ of the paper's figure 5, f and f̄ of its figure 4.
 
 
-def _gather(gpt: Gpt) -> Pass[None]:
+def gather(gpt: Gpt) -> Pass[None]:
     if gpt.sequence_parallel:
         yield (yield from _start(gpt, "all_gather"))
 
 
-def _scatter(gpt: Gpt) -> Pass[None]:
+def scatter(gpt: Gpt) -> Pass[None]:
     operation = "reduce_scatter" if gpt.sequence_parallel else "all_reduce"
     yield (yield from _start(gpt, operation))
 

@@ -95,22 +95,30 @@ def _run(row: Mapping[str, str]) -> Run:
 
 def predict_run(one: Run, hardware: Hardware) -> float:
     """Seconds of a step."""
-    name = "interleaved" if one.virtual_stages > 1 else "1f1b"
-    shape = name, one.pp
     micro_batches = one.global_batch // one.micro_batch // one.dp
-    few = few_micro_batches(*shape, micro_batches)
-    each = period(*shape)
-    beyond = (micro_batches - few) // each
     seconds, message = _pass_seconds(one, hardware), _message_seconds(one, hardware)
+    passes = pipeline_seconds(seconds, message, (one.pp, one.virtual_stages), micro_batches)
+    return passes + gradient_seconds(one, hardware) + optimizer_seconds(one, hardware)
+
+
+def pipeline_seconds(
+    seconds: Mapping[Key, float], message: float, shape: tuple[int, int], micro_batches: int
+) -> float:
+    """All passes of a step; `shape`: stages, and virtual stages of each.
+
+    Megatron-LM waits for sends and receives on the spot, both of a pass at a time.
+    """
+    stages, virtual_stages = shape
+    name = "interleaved" if virtual_stages > 1 else "1f1b"
+    few, each = few_micro_batches(name, stages, micro_batches), period(name, stages)
+    beyond = (micro_batches - few) // each
 
     def makespan(count: int) -> float:
-        # Sends and receives are waited for on the spot, both of a pass at a time.
-        plan = plan_of(*shape, count, one.virtual_stages, False)
+        plan = plan_of(name, stages, count, virtual_stages, False)
         return plan.makespan(plan.run(seconds, message, blocked=message / 2))
 
     first = makespan(few)
-    steps = first + beyond * (makespan(few + each) - first) if beyond else first
-    return steps + gradient_seconds(one, hardware) + optimizer_seconds(one, hardware)
+    return first + beyond * (makespan(few + each) - first) if beyond else first
 
 
 def _message_seconds(one: Run, hardware: Hardware) -> float:

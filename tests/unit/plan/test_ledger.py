@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megallama.config.load import load_config, parse_config
@@ -13,9 +15,11 @@ from megallama.spec.groups import run_schedule
 from megallama.spec.memory import held_bytes, rank_bytes
 from megallama.spec.workspaces import Device
 
+CONFIGS = Path(__file__).parents[3] / "configs"
+
 
 def a_run(**parallel: object) -> tuple[Config, Grid]:
-    config = load_config("configs/llama-7b.yaml")
+    config = load_config(CONFIGS / "llama-7b.yaml")
     tree = config.model_dump(mode="json")
     tree["parallel"] |= {"tensor": 2, "pipeline": 4, **parallel}
     tree["train"]["global_batch"] = 32

@@ -48,7 +48,7 @@ class Times:
     ends: Sequence[float]
 
 
-_Row: TypeAlias = tuple[int, int, tuple[tuple[int, int, int], ...], int, int]
+_Row: TypeAlias = tuple[int, int, tuple[tuple[int, int, int], ...], int, int, int]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     links: tuple[tuple[int, int], ...]
     rows: tuple[_Row, ...]
     """The nodes again, for speed: the node before, the place of its key, for each message its
-    maker, its receive and the place of its link, `opens` and `messages`."""
+    maker, its receive and the place of its link, `opens`, `closes` and `messages`."""
 
     @cached_property
     def closing(self) -> tuple[int, ...]:
@@ -77,14 +77,16 @@ class Plan:
         seconds: Mapping[Key, float],
         latency: float | Mapping[tuple[int, int], float] = 0.0,
         ready: Mapping[int, tuple[float, float]] | None = None,
+        late: Mapping[int, float] | None = None,
         blocked: float = 0.0,
     ) -> Times:
         """Time the passes.
 
         `latency`: from the later of a message's send and its receive to its arrival, of all ranks
         or of (source, destination). `ready`: of a chunk whose weights are still arriving, the
-        earliest end of its first pass, and the seconds by which that is slower. `blocked`: seconds
-        that a rank spends itself on each message that it sends or takes.
+        earliest end of its first pass, and the seconds by which that is slower. `late`: those of
+        the last pass of a chunk whose gradients leave under it. `blocked`: seconds that a rank
+        spends itself on each message that it sends or takes.
         """
         each = [seconds.get(key, 0.0) for key in self.keys]
         if isinstance(latency, Mapping):
@@ -93,7 +95,7 @@ class Plan:
             delays = [latency] * len(self.links)
         starts = [0.0] * len(self.rows)
         ends = [0.0] * (len(self.rows) + 1)  # the last is what -1 finds: the begin
-        for index, (before, key, takes, opens, messages) in enumerate(self.rows):
+        for index, (before, key, takes, opens, closes, messages) in enumerate(self.rows):
             start = ends[before]
             for maker, posted, link in takes:
                 sent, other = ends[maker], ends[posted]
@@ -107,6 +109,8 @@ class Plan:
             if opens >= 0 and ready and opens in ready:
                 floor, slower = ready[opens]
                 end = max(end + slower, floor)
+            if closes >= 0 and late and closes in late:
+                end += late[closes]
             ends[index] = end
         ends.pop()
         return Times(starts, ends)
@@ -171,7 +175,8 @@ class _Compiler:
                 (maker, posted, links.index((self.nodes[maker].rank, node.rank)))
                 for maker, posted in node.takes
             )
-            rows.append((node.before, places[node.key], takes, node.opens, node.messages))
+            ends = node.opens, node.closes, node.messages
+            rows.append((node.before, places[node.key], takes, *ends))
         return tuple(rows)
 
     def _go_on(self, number: int) -> set[int]:

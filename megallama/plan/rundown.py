@@ -110,8 +110,10 @@ class Rundown:
         return first.beyond(self._ends(more, latency, data), beyond) if beyond else first
 
     def run(self, plan: Plan, latency: bool = True, data: bool = True) -> Times:
-        ready = self.ready if data else {}
-        return plan.run(self.seconds, self.latency if latency else 0.0, ready)
+        delays = self.latency if latency else 0.0
+        if not data:
+            return plan.run(self.seconds, delays)
+        return plan.run(self.seconds, delays, self.ready, self.late)
 
     def _ends(self, plan: Plan, latency: bool, data: bool) -> Ends:
         times = self.run(plan, latency, data)
@@ -130,7 +132,8 @@ class Rundown:
         bucket under it, and the seconds by which that contention makes it slower."""
         if not self.exchanges or self.shape.blocks:
             return {}
-        found, slower = {}, self.hardware.contention
+        found: dict[int, tuple[float, float]] = {}
+        slower = self.hardware.contention
         owners = self.plans[0].schedule.owners
         for rank in range(self.grid.pipeline):
             now = 0.0
@@ -143,6 +146,23 @@ class Rundown:
                     floor = max(floor, now + forward * (1 - place / count))
                 beside = min(forward, now - begin) if not begin else 0.0
                 found[chunk] = floor, beside * slower / (1 + slower)
+        return found
+
+    @cached_property
+    def late(self) -> Mapping[int, float]:
+        """Of each chunk: the seconds by which its last backward, or W, is slower under the sums of
+        its gradients."""
+        if not self.exchanges or self.shape.blocks:
+            return {}
+        found: dict[int, float] = {}
+        slower = self.hardware.contention
+        for (kind, chunk, other), timing in self.timings.items():
+            last = other if kind in ("FB", "W-") else chunk
+            if kind in ("BW", "W", "W-", "FB"):
+                buckets = self.end.buckets(self.parts[last])
+                under = sum(self.end.seconds(self.end.reduce(b)) for b in buckets.all)
+                beside = min(timing.seconds, under) * slower / (1 + slower)
+                found[last] = max(found.get(last, 0.0), beside)
         return found
 
     @property

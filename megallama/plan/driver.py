@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from megallama.plan.ops import Compute, Defer, Issued, Pass, Start, Step, Wait
+from megallama.plan.ops import Compute, Defer, Issued, Pass, Wait
 
 
 class Filler(Protocol):
@@ -109,8 +109,3 @@ def in_turns(passes: Iterable[Pass[Any]]) -> Pass[None]:
 def both(first: Pass[Any], second: Pass[Any]) -> Pass[None]:
     """Two passes in turns."""
     yield from in_turns([first, second])
-
-
-def started(steps: Iterable[Step]) -> list[Start]:
-    """The collectives of a pass, in their order."""
-    return [step for step in steps if isinstance(step, Start)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megallama.config.load import parse_config
 from megallama.config.schema import Config, Model
+from megallama.plan.chunk import Part
 from megallama.plan.costs import Costs, collective_seconds, message_seconds
 from megallama.plan.driver import drive
 from megallama.plan.hardware import Hardware
@@ -22,7 +23,6 @@ from megallama.plan.megatron import (
     HALF,
     LOSS_BACKWARD,
     LOSS_FORWARD,
-    Ends,
     Gpt,
     add,
     column_backward,
@@ -145,9 +145,9 @@ def _priced(config: Config, hardware: Hardware, gpus: int) -> Era:
 def _pass_seconds(gpt: Gpt, model: Model, chunks: int, hardware: Hardware) -> dict[Key, float]:
     costs, each = Costs(hardware, "bf16"), model.layers // chunks
     found: dict[Key, float] = {}
-    known: dict[Ends, tuple[float, float]] = {}
+    known: dict[Part, tuple[float, float]] = {}
     for index in range(chunks):
-        part = Ends(each, index == 0, index == chunks - 1)
+        part = Part(each, index == 0, index == chunks - 1)
         if part not in known:
             known[part] = (
                 run(drive(_forward(gpt, model.ffn, part)), costs).seconds,
@@ -170,7 +170,7 @@ def _end_seconds(model: Model, pp: int, dp: int, hardware: Hardware) -> float:
     )
 
 
-def _forward(gpt: Gpt, ffn: int, part: Ends) -> Pass[None]:
+def _forward(gpt: Gpt, ffn: int, part: Part) -> Pass[None]:
     if part.embedding:
         yield Move("embedding", "embedding", 4 * HALF * gpt.tokens * gpt.h)
         yield from scatter(gpt)
@@ -198,7 +198,7 @@ def _forward(gpt: Gpt, ffn: int, part: Ends) -> Pass[None]:
         yield Move("loss", "loss", LOSS_FORWARD * gpt.tokens * gpt.v // gpt.t)
 
 
-def _backward(gpt: Gpt, ffn: int, part: Ends) -> Pass[None]:
+def _backward(gpt: Gpt, ffn: int, part: Part) -> Pass[None]:
     if part.head:
         yield Move("loss backward", "loss", LOSS_BACKWARD * gpt.tokens * gpt.v // gpt.t)
         yield from column_backward(gpt, "logits", gpt.v // gpt.t, bias=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megallama.plan.chunk import Part
 from megallama.plan.driver import drive
 from megallama.plan.ops import Collective, Gemm, Issued, Move, Pass, Phase, Start, Wait
 
@@ -57,24 +58,15 @@ class Gpt:
         return self.a * self.s * self.s * self.b // self.t
 
 
-@dataclass(frozen=True)
-class Ends:
-    """A chunk's layers, and which ends of the model it has."""
-
-    layers: int
-    embedding: bool
-    head: bool
-
-
-def chunk_forward(gpt: Gpt, part: Ends) -> list[Issued]:
+def chunk_forward(gpt: Gpt, part: Part) -> list[Issued]:
     return drive(_chunk_forward(gpt, part))
 
 
-def chunk_backward(gpt: Gpt, part: Ends) -> list[Issued]:
+def chunk_backward(gpt: Gpt, part: Part) -> list[Issued]:
     return drive(_chunk_backward(gpt, part))
 
 
-def _chunk_forward(gpt: Gpt, part: Ends) -> Pass[None]:
+def _chunk_forward(gpt: Gpt, part: Part) -> Pass[None]:
     if part.embedding:
         yield Move("embedding", "embedding", 4 * HALF * gpt.tokens * gpt.h)
         yield from scatter(gpt)
@@ -88,7 +80,7 @@ def _chunk_forward(gpt: Gpt, part: Ends) -> Pass[None]:
         yield Move("loss", "loss", LOSS_FORWARD * gpt.tokens * gpt.v // gpt.t)
 
 
-def _chunk_backward(gpt: Gpt, part: Ends) -> Pass[None]:
+def _chunk_backward(gpt: Gpt, part: Part) -> Pass[None]:
     if part.head:
         yield Move("loss backward", "loss", LOSS_BACKWARD * gpt.tokens * gpt.v // gpt.t)
         yield from column_backward(gpt, "logits", gpt.v // gpt.t, bias=False)

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megallama.plan.chunk import Part
 from megallama.plan.costs import Costs, collective_seconds, message_seconds
 from megallama.plan.hardware import Hardware
-from megallama.plan.megatron import HALF, Ends, Gpt, chunk_backward, chunk_forward
+from megallama.plan.megatron import HALF, Gpt, chunk_backward, chunk_forward
 from megallama.plan.ops import Collective, Move
 from megallama.plan.pipeline import Key, few_micro_batches, period, plan_of
 from megallama.plan.streams import run
@@ -59,11 +60,11 @@ class Run:
         )
 
     @property
-    def chunks(self) -> list[Ends]:
+    def chunks(self) -> list[Part]:
         """In model order."""
         count = self.pp * self.virtual_stages
         each = self.layers // count
-        return [Ends(each, i == 0, i == count - 1) for i in range(count)]
+        return [Part(each, i == 0, i == count - 1) for i in range(count)]
 
 
 def read_runs(lines: Iterable[str]) -> list[Run]:
@@ -135,7 +136,7 @@ def _message_seconds(one: Run, hardware: Hardware) -> float:
 
 def _pass_seconds(one: Run, hardware: Hardware) -> dict[Key, float]:
     costs, gpt = Costs(hardware, "bf16"), one.gpt  # 16-bit types are alike in speed
-    known: dict[Ends, tuple[float, float]] = {}
+    known: dict[Part, tuple[float, float]] = {}
     found: dict[Key, float] = {}
     for index, part in enumerate(one.chunks):
         if part not in known:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from megallama.plan import llama_era, megatron
-from megallama.plan.megatron import Ends, Gpt, chunk_backward, chunk_forward
+from megallama.plan.chunk import Part
+from megallama.plan.megatron import Gpt, chunk_backward, chunk_forward
 from megallama.plan.ops import Attend, Gemm, Start
 from megallama.spec.flops import flops_per_token
 from tests.unit.plan.machines import A100, config
 
-WHOLE = Ends(2, embedding=True, head=True)
+WHOLE = Part(2, embedding=True, head=True)
 
 
 def gpt(recompute="selective", divided=True) -> Gpt:
@@ -40,7 +41,7 @@ def test_flops_are_the_paper_s():
 def test_collectives_of_a_layer(divided):
     """Sequence parallelism moves an all-reduce's bytes as a gather and a scatter (§4.2.2), and two
     gathers more in the backward."""
-    one, part = gpt(divided=divided), Ends(1, False, False)
+    one, part = gpt(divided=divided), Part(1, False, False)
     forward, backward = (
         [step.collective for step in steps if isinstance(step, Start)]
         for steps in (chunk_forward(one, part), chunk_backward(one, part))
@@ -56,8 +57,8 @@ def test_a_llama_of_its_time_has_the_model_s_flops():
     model = config("llama-65b").model
     one = Gpt(model.d_model, model.heads, 2048, 1, 8, model.vocab, "selective", True)
     steps = [
-        *llama_era._forward(one, model.ffn, Ends(model.layers, True, True)),
-        *llama_era._backward(one, model.ffn, Ends(model.layers, True, True)),
+        *llama_era._forward(one, model.ffn, Part(model.layers, True, True)),
+        *llama_era._backward(one, model.ffn, Part(model.layers, True, True)),
     ]
     attention = [step for step in steps if isinstance(step, Attend)]
     useful = sum(a.flops * (0.8 if a.phase == "backward" else 1) for a in attention)

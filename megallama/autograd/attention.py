@@ -24,7 +24,7 @@ def attention_forward(
     """Return the output o (T, H, E) and the rows' log-sum-exp (T, H)."""
     if q_THE.is_cuda:
         return flash_cuda.forward(q_THE, k_TKE, v_TKE, segments)
-    if native.variant_for(q_THE) is not None:
+    if q_THE.is_meta or native.variant_for(q_THE) is not None:
         return attention.attention_forward(q_THE, k_TKE, v_TKE, segments.lengths)
     if segments.uniform:
         return _cpu_forward(q_THE, k_TKE, v_TKE, segments.longest)
@@ -52,7 +52,7 @@ def attention_backward(
     """
     if do_THE.is_cuda:
         flash_cuda.backward(do_THE, qkv, o_THE, lse_TH, segments, out)
-    elif native.variant_for(do_THE) is not None:
+    elif do_THE.is_meta or native.variant_for(do_THE) is not None:
         attention.attention_backward(do_THE, qkv, o_THE, lse_TH, segments.lengths, out)
     elif segments.uniform:
         _cpu_backward(do_THE, qkv, o_THE, lse_TH, segments.longest, out)

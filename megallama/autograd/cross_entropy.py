@@ -159,7 +159,10 @@ class LinearCrossEntropy:
 
     def _shape(self, x_TD: Tensor, w_vD: Tensor) -> tuple[int, int, int, int]:
         """What `spec.logits` asks."""
-        return len(x_TD), len(w_vD), x_TD.element_size(), CHUNK_BYTES[x_TD.device.type]
+        itemsize, device = x_TD.element_size(), x_TD.device.type
+        if x_TD.is_meta:  # a dry run: bf16 trains on GPUs, what is wider on CPUs
+            device = "cuda" if itemsize == 2 else "cpu"
+        return len(x_TD), len(w_vD), itemsize, CHUNK_BYTES[device]
 
     def _logits(self, buffer: int, tokens: int, w_vD: Tensor) -> Tensor:
         """A view (c, v) of a buffer, which grows to the largest shape asked for."""

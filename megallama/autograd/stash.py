@@ -6,7 +6,7 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 from torch import Tensor
 
@@ -38,6 +38,10 @@ class Stash:
     def peek(self, key: Hashable) -> Saved:
         """Look at a saved set that stays."""
         return self._sets[key]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """The keys."""
+        return iter(self._sets)
 
     def __len__(self) -> int:
         return len(self._sets)

@@ -107,7 +107,7 @@ def _every_head(x_SKE: Tensor, q_SHE: Tensor) -> Tensor:
 
 def _check_inputs(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, lengths: Sequence[int]) -> None:
     check.floating("q", q_THE)
-    if q_THE.device.type != "cpu":
+    if q_THE.is_cuda:
         raise ValueError(f"q is on {q_THE.device}; this is attention for the CPU")
     if q_THE.dim() != 3 or k_TKE.dim() != 3:
         shapes = f"{tuple(q_THE.shape)} and {tuple(k_TKE.shape)}"

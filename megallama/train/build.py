@@ -84,6 +84,14 @@ def build_trainer(config: Config, process: Process = ALONE, strict: bool = False
         timeout=timedelta(seconds=config.parallel.timeout_seconds),
         hostname=process.hostname,
     )
+    return assemble(config, place, device, groups)
+
+
+def assemble(config: Config, place: Place, device: torch.device, groups: Groups) -> Trainer:
+    """A rank's trainer over groups that are there.
+
+    On the meta device it has no values: what a step does is all there, what it computes is not.
+    """
     model, zero = build_model(config, device, place, groups.by_name)
     state = model.state
     optimizer = AdamW(config.optimizer, state)
@@ -112,7 +120,8 @@ def build_model(
     zero_groups = ZeroGroups(groups["data"], summed, groups["key_value"], groups.get("tied"))
     zero = Zero(state, zero_groups, wire, names)
     with zero.changing_masters():
-        initialize(state, config.run.seed)
+        if device.type != "meta":
+            initialize(state, config.run.seed)
     tokens = TokenShards(tensor, parallel.sequence_parallel, parallel.forward_chunks)
     return Llama(config.model, state, tokens, config.train.saved_activations, chunks), zero
 

@@ -24,6 +24,10 @@ class EarlyUpdate:
         self._tensors = list(self._changed())
         self._kept = [torch.empty_like(tensor) for tensor in self._tensors]
 
+    def bytes_held(self) -> int:
+        """Bytes of what is kept."""
+        return sum(tensor.nbytes for tensor in self._kept)
+
     def apply(self, lr: float, divisor: Tensor) -> None:
         """Update with the gradients g / `divisor`; the weights are on their way after."""
         torch._foreach_copy_(self._kept, self._tensors)

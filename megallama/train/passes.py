@@ -97,15 +97,16 @@ class StepPasses:
         self.activation_squares: Tensor | None = None
         if layer_norms:
             self.activation_squares = self._zeros(model.config.layers)
-        self._losses: dict[int, Tensor] = {}
+        #: Of a micro-batch the summed loss of each sample, where the head is here.
+        self.losses: dict[int, Tensor] = {}
         # Several chunks of a rank share a micro-batch while one of them holds it.
         self._batches: WeakValueDictionary[int, MicroBatch] = WeakValueDictionary()
 
     def sample_losses(self) -> Tensor:
         """Of every sample in order, (n,) fp64; zeros where the head is on another rank."""
-        if not self._losses:
+        if not self.losses:
             return self._zeros(len(self.samples.batch.tokens_NS))
-        return torch.cat([self._losses[index] for index in range(len(self.samples))])
+        return torch.cat([self.losses[index] for index in range(len(self.samples))])
 
     def forward(self, chunk: int, micro_batch: int, x: Tensor | None) -> Pass[Tensor | None]:
         passes, batch = self.model.chunks[chunk], self._batch(micro_batch)
@@ -118,7 +119,7 @@ class StepPasses:
                 self.activation_squares[layer] += squared_norms([stash.peek(layer)["x"]])[0]
         if passes.head is None:
             return result
-        self._losses[micro_batch] = sample_losses(result, self.samples.size)
+        self.losses[micro_batch] = sample_losses(result, self.samples.size)
         return None
 
     def backward(

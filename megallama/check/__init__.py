@@ -1,1 +1,1 @@
-"""The dry run: the training step of every distinct rank of a job, without GPUs and without peers."""
+"""The dry run: every distinct rank of a job takes a training step, without GPUs or peers."""

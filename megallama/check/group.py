@@ -97,9 +97,7 @@ class NotingGroup:
         shapes, dtypes = _described(tensors)
         name = None if wire is None else _name(wire)
         sent = (self.size - 1) * to_each
-        place = self._log.issue(
-            Operation(self.name, kind, shapes, dtypes, name, sent, call_site())
-        )
+        place = self._log.issue(Operation(self.name, kind, shapes, dtypes, name, sent, call_site()))
         return Noted(value, cover, self._log, place)
 
     def _message(
@@ -109,9 +107,7 @@ class NotingGroup:
             raise ValueError(f"group {self.name!r} of {self.size} ranks: messages take groups of 2")
         shapes, dtypes = _described([x])
         sent = x.nbytes if kind == "send" else 0
-        operation = Operation(
-            self.name, kind, shapes, dtypes, None, sent, call_site(), ends, label
-        )
+        operation = Operation(self.name, kind, shapes, dtypes, None, sent, call_site(), ends, label)
         return Noted(value, 0, self._log, self._log.issue(operation))
 
 

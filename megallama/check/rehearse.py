@@ -16,7 +16,7 @@ import torch
 
 from megallama.check.group import Answer, AnsweringGroup, NotingGroup
 from megallama.check.program import Book, Log, issued
-from megallama.check.replay import Kept, ReplayingPipeline
+from megallama.check.replay import ReplayingPipeline
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch
 from megallama.dist.connect import Groups
@@ -67,7 +67,7 @@ def steps_of(config: Config) -> list[Step]:
 class Rehearsal:
     """What one rank did. `members`: of each of its groups. `marks`: where in its program the build
     ended, and each step. `bytes_held`: what it has, and keeps at most, by the ledger's names.
-    `owned`: of each global tensor, how many elements are this rank's own."""
+    `owned`: of each parameter, how many elements are this rank's own."""
 
     place: Place
     members: Mapping[str, tuple[int, ...]]
@@ -107,19 +107,17 @@ def rehearse(config: Config, place: Place, book: Book, how: How | None = None) -
         ConfigError: the config cannot be laid out like this.
     """
     how, log, told = how or How(), Log(book), [APPLIED]
-    members = group_members(config, place, run_schedule(config, place.grid).links)
-    groups = _groups(place.rank, members, log, lambda x: torch.full(x.shape, told[0], dtype=x.dtype))
+    schedule = run_schedule(config, place.grid)
+    members = group_members(config, place, schedule.links)
+    groups = _groups(
+        place.rank, members, log, lambda x: torch.full(x.shape, told[0], dtype=x.dtype)
+    )
     trainer = assemble(config, place, META, Groups(groups, Traffic()))
     if how.plant is not None:
         how.plant(trainer)
-    sets, states = Kept(), Kept()
-    train = trainer.step.pipelines.train
-
-    def replaying(micro_batches: int) -> Any:
-        pipeline = train(micro_batches)
-        return ReplayingPipeline(pipeline, trainer.zero, log, (sets, states), how.everything)
-
-    trainer.step.pipelines = replace(trainer.step.pipelines, train=replaying)
+    pipeline = trainer.step.pipelines.train(schedule.micro_batches)
+    replaying: Any = ReplayingPipeline(pipeline, trainer.zero, log, how.everything)
+    trainer.step.pipelines = replace(trainer.step.pipelines, train=lambda _: replaying)
     replicas, batch = Replicas(trainer), _batch(config, place)
     marks = {"build": len(log.events)}
     for step in steps_of(config):
@@ -130,9 +128,9 @@ def rehearse(config: Config, place: Place, book: Book, how: How | None = None) -
 
         trainer.step.run(batch, config.optimizer.lr, step.layer_norms, requests)
         marks[step.name] = len(log.events)
-    held = _state_bytes(trainer) | {"saved activations": sets.peak()}
-    held["saved from B to W"] = states.peak()
-    return Rehearsal(place, members, log, marks, held, _owned(trainer))
+    sets, states = (each.peak() for each in replaying.kept)
+    kept = {"saved activations": sets, "saved from B to W": states}
+    return Rehearsal(place, members, log, marks, _state_bytes(trainer) | kept, _owned(trainer))
 
 
 def _groups(
@@ -168,11 +166,8 @@ def _state_bytes(trainer: Trainer) -> dict[str, int]:
 
 
 def _owned(trainer: Trainer) -> dict[str, int]:
-    """Of each global tensor, the elements that nobody else owns."""
-    owned: dict[str, int] = {}
-    for shard in trainer.model.state.table:
-        for piece in shard.own_pieces:
-            if piece.owned:
-                name = piece.part.name
-                owned[name] = owned.get(name, 0) + prod(piece.shape)
-    return owned
+    """Of each parameter, the elements that nobody else owns."""
+    return {
+        shard.name: sum(prod(piece.shape) for piece in shard.own_pieces if piece.owned)
+        for shard in trainer.model.state.table
+    }

@@ -3,10 +3,11 @@
 A chunk's passes of one kind differ from micro-batch to micro-batch in two things that a program
 shows: the first may find weights on their way, and with the last gradients are whole and leave.
 B and W of a chunk run in ascending order of micro-batches in every schedule, as do its forwards;
-all micro-batches have one shape; and no pass sees a value. So micro-batches 0, 1 and the last are
-run, 1 is noted as well, and what lies between is 1 again: the same operations between the same
-yields, with the same covers, so that whoever drives the passes does what it would do anyway. The
-interpreter and the schedule's list run whole, at the true number of micro-batches.
+all micro-batches have one shape; and no pass sees a value. So micro-batches 0 and the last are
+run in every step, and 1 in the first step, where it is noted; all others are that one again: the
+same operations between the same yields, with the same covers, so that whoever drives the passes
+does what it would do anyway. The interpreter and the schedule's list run whole, at the true number
+of micro-batches.
 
 Also counted here is what passes keep: the storages of a chunk's set, and how many are alive.
 """
@@ -67,30 +68,39 @@ class Kept:
 
 
 class ReplayingPipeline:
-    """A pipeline whose passes are replayed where they repeat; `everything`: run all of them."""
+    """A pipeline whose passes are replayed where they repeat; `everything`: run all of them.
 
-    def __init__(
-        self, pipeline: Pipeline, zero: Zero, log: Log, kept: tuple[Kept, Kept], everything: bool
-    ) -> None:
+    `kept`: what the layers keep from F to B, and from B to W, in the last step that was run.
+    """
+
+    def __init__(self, pipeline: Pipeline, zero: Zero, log: Log, everything: bool) -> None:
         self._pipeline, self._zero, self._log = pipeline, zero, log
-        self._kept, self._everything = kept, everything
+        self._everything = everything
+        self._tapes: dict[tuple[str, int], _Tape] = {}
+        self.kept = Kept(), Kept()
 
     def run(self, passes: StepPasses) -> None:
         """See `Pipeline.run`."""
         count = len(passes.samples)
-        run = {0, TEMPLATE, count - 1} & set(range(count))
-        if self._everything:
-            run = set(range(count))
+        run = set(range(count)) & {0, TEMPLATE, count - 1}
+        if self._everything or len(run) == count:
+            run, template = set(range(count)), None
+        else:
+            template = None if self._tapes else TEMPLATE
+            run -= {TEMPLATE} if self._tapes else set()  # an earlier step has it
         self._zero.expect(len(run))  # of the others no gradient lands
-        template = TEMPLATE if len(run) < count else None
-        self._pipeline.run(_ReplayingPasses(passes, run, template, self._log, self._kept))
+        for each in self.kept:
+            each.moves.clear()
+        self._pipeline.run(
+            _ReplayingPasses(passes, run, template, self._log, self._tapes, self.kept)
+        )
 
 
 class _ReplayingPasses:
     """See `parallel.pipeline.ChunkPasses`.
 
-    `run`: the micro-batches that are run; `template`: of these the one that the others repeat.
-    `kept`: what is kept from F to B, and from B to W.
+    `run`: the micro-batches that are run; `template`: of these the one that is noted in `tapes`,
+    by kind and chunk.
     """
 
     def __init__(
@@ -99,11 +109,12 @@ class _ReplayingPasses:
         run: Collection[int],
         template: int | None,
         log: Log,
+        tapes: dict[tuple[str, int], _Tape],
         kept: tuple[Kept, Kept],
     ) -> None:
         self._passes, self._run, self._template, self._log = passes, run, template, log
         self._sets, self._states = kept
-        self._tapes: dict[tuple[str, int], _Tape] = {}
+        self._tapes = tapes
 
     def forward(self, chunk: int, micro_batch: int, x: Tensor | None) -> Pass[Tensor | None]:
         self._sets.moves.append((chunk, 1))
@@ -113,8 +124,9 @@ class _ReplayingPasses:
             self._sets.bytes_of[chunk] = layer_bytes(self._passes.saved[chunk, micro_batch])
             return result
 
-        if micro_batch not in self._run and TEMPLATE in self._passes.losses:
-            self._passes.losses[micro_batch] = self._passes.losses[TEMPLATE]
+        losses = self._passes.losses
+        if micro_batch not in self._run and 0 in losses:
+            losses[micro_batch] = losses[0]
         return self._pass("F", chunk, micro_batch, run)
 
     def backward(
@@ -122,9 +134,7 @@ class _ReplayingPasses:
     ) -> Pass[Tensor | None]:
         self._sets.moves.append((chunk, -1))
         backward = self._passes.backward
-        return self._pass(
-            "BW", chunk, micro_batch, lambda: backward(chunk, micro_batch, dz, queue)
-        )
+        return self._pass("BW", chunk, micro_batch, lambda: backward(chunk, micro_batch, dz, queue))
 
     def backward_activations(
         self, chunk: int, micro_batch: int, dz: Tensor | None

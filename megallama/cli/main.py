@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model from a config",
     "bench": "time training steps of a config",
     "plan": "predict a run's memory and time; find its layout",
+    "check": "run a job's step without GPUs and match its collectives",
     "generate": "continue a prompt with a checkpoint",
     "report": "draw a run's curves: one picture and one page",
     "convert": "to and from Hugging Face's and Meta's formats",

@@ -19,8 +19,8 @@ PACKAGE = Path(megallama.__file__).parent
 #: Files whose lines say nothing of who wanted an operation: whoever called them does.
 PASSED_OVER = ("check/", "dist/", "parallel/tokens.py")
 
-#: What every rank that takes part must say alike: kind, shapes, dtypes, the wire's, and of a
-#: message who sends to whom and its label.
+#: What every rank that takes part must say alike: kind, shapes, dtypes, the wire's; of a collective
+#: its place in the code, and of a message who sends to whom and its label.
 Meaning = tuple[object, ...]
 
 
@@ -41,8 +41,10 @@ class Operation:
 
     @property
     def meaning(self) -> Meaning:
-        kind = self.kind if self.ends is None else "message"
-        return kind, self.ends, self.shapes, self.dtypes, self.wire, self.label
+        """Of a collective also who wants it: two of one shape, in another order on some rank, run
+        and mix up their data."""
+        how = (self.kind, self.site) if self.ends is None else (self.ends, self.label)
+        return *how, self.shapes, self.dtypes, self.wire
 
     def __str__(self) -> str:
         shapes = list(map(list, self.shapes[:3])) if len(self.shapes) > 1 else [*self.shapes[0]]
@@ -105,12 +107,11 @@ def issued(book: Book, events: Sequence[int]) -> Iterator[Operation]:
 
 
 def call_site() -> str:
-    """File and line of the nearest caller that is not `PASSED_OVER`."""
-    root = f"{PACKAGE}/"
-    frame = sys._getframe(1)
+    """File and line of the nearest caller in this package that is not `PASSED_OVER`."""
+    root, frame = f"{PACKAGE}/", sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(root) or not name[len(root) :].startswith(PASSED_OVER):
+        if name.startswith(root) and not name[len(root) :].startswith(PASSED_OVER):
             break
         frame = frame.f_back
     name = frame.f_code.co_filename.removeprefix(f"{PACKAGE.parent}/")

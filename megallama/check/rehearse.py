@@ -94,10 +94,11 @@ class Rehearsal:
 @dataclass(frozen=True)
 class How:
     """`plant` may change a rank's trainer before its first step; `everything`: run every pass, and
-    replay none."""
+    replay none; `steps`: only the first so many."""
 
     plant: Callable[[Trainer], None] | None = None
     everything: bool = False
+    steps: int | None = None
 
 
 def rehearse(config: Config, place: Place, book: Book, how: How | None = None) -> Rehearsal:
@@ -120,7 +121,7 @@ def rehearse(config: Config, place: Place, book: Book, how: How | None = None) -
     trainer.step.pipelines = replace(trainer.step.pipelines, train=lambda _: replaying)
     replicas, batch = Replicas(trainer), _batch(config, place)
     marks = {"build": len(log.events)}
-    for step in steps_of(config):
+    for step in steps_of(config)[: how.steps]:
         told[0], compares = step.told, step.compares
 
         def requests(compares: bool = compares) -> Sequence[bool]:

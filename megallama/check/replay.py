@@ -3,11 +3,11 @@
 A chunk's passes of one kind differ from micro-batch to micro-batch in two things that a program
 shows: the first may find weights on their way, and with the last gradients are whole and leave.
 B and W of a chunk run in ascending order of micro-batches in every schedule, as do its forwards;
-all micro-batches have one shape; and no pass sees a value. So micro-batches 0 and the last are
-run in every step, and 1 in the first step, where it is noted; all others are that one again: the
-same operations between the same yields, with the same covers, so that whoever drives the passes
-does what it would do anyway. The interpreter and the schedule's list run whole, at the true number
-of micro-batches.
+all micro-batches have one shape; and no pass sees a value. So the first and the last micro-batch
+are run in every step, and in the first step one between them for each kind of pass, which is noted.
+All others are that one again: the same operations between the same yields, with the same covers, so
+that whoever drives the passes does what it would do anyway. The interpreter and the schedule's list
+run whole, at the true number of micro-batches.
 
 Also counted here is what passes keep: the storages of a chunk's set, and how many are alive.
 """
@@ -15,7 +15,7 @@ Also counted here is what passes keep: the storages of a chunk's set, and how ma
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,8 @@ from megallama.check.program import Log
 from megallama.dist.handle import Handle
 from megallama.parallel.pipeline import Pipeline
 from megallama.parallel.zero import Zero
+from megallama.spec.schedules.actions import passes as passes_of
 from megallama.train.passes import Held, StepPasses
-
-#: The micro-batch that stands for those after it.
-TEMPLATE = 1
 
 
 @dataclass
@@ -82,37 +80,46 @@ class ReplayingPipeline:
     def run(self, passes: StepPasses) -> None:
         """See `Pipeline.run`."""
         count = len(passes.samples)
-        run = set(range(count)) & {0, TEMPLATE, count - 1}
-        if self._everything or len(run) == count:
-            run, template = set(range(count)), None
-        else:
-            template = None if self._tapes else TEMPLATE
-            run -= {TEMPLATE} if self._tapes else set()  # an earlier step has it
+        templates = {} if self._everything or self._tapes else self._templates(count)
+        run = {0, count - 1, *templates.values()}
+        if self._everything:
+            run = set(range(count))
         self._zero.expect(len(run))  # of the others no gradient lands
         for each in self.kept:
             each.moves.clear()
         self._pipeline.run(
-            _ReplayingPasses(passes, run, template, self._log, self._tapes, self.kept)
+            _ReplayingPasses(passes, run, templates, self._log, self._tapes, self.kept)
         )
+
+    def _templates(self, count: int) -> dict[tuple[str, int], int]:
+        """Of each kind of pass of a chunk the first micro-batch between the first and the last.
+
+        A schedule may split the backward of some micro-batches, and of others not.
+        """
+        found: dict[tuple[str, int], int] = {}
+        for one in passes_of(self._pipeline.schedule.actions[self._pipeline.rank]):
+            if 0 < one.micro_batch < count - 1:
+                found.setdefault((one.kind, one.chunk), one.micro_batch)
+        return found
 
 
 class _ReplayingPasses:
     """See `parallel.pipeline.ChunkPasses`.
 
-    `run`: the micro-batches that are run; `template`: of these the one that is noted in `tapes`,
-    by kind and chunk.
+    `run`: the micro-batches that are run; `templates`: by kind and chunk, the one of these that is
+    noted in `tapes`.
     """
 
     def __init__(
         self,
         passes: StepPasses,
         run: Collection[int],
-        template: int | None,
+        templates: Mapping[tuple[str, int], int],
         log: Log,
         tapes: dict[tuple[str, int], _Tape],
         kept: tuple[Kept, Kept],
     ) -> None:
-        self._passes, self._run, self._template, self._log = passes, run, template, log
+        self._passes, self._run, self._templates, self._log = passes, run, templates, log
         self._sets, self._states = kept
         self._tapes = tapes
 
@@ -172,7 +179,7 @@ class _ReplayingPasses:
     ) -> Pass[Any]:
         if micro_batch not in self._run:
             return self._replayed(kind, chunk)
-        if micro_batch != self._template:
+        if micro_batch != self._templates.get((kind, chunk)):
             return run()
         tape = self._tapes[kind, chunk] = _Tape()
         return _taped(run(), tape, self._log)

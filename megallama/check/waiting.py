@@ -102,32 +102,36 @@ class _Run:
         return None
 
     def stuck(self) -> Fault | None:
-        """The circle, where some program has not come to its end."""
+        """The circle, where some rank has not come to its end."""
         left = [program for program, runner in self.runners.items() if not runner.ended]
         if not left:
             return None
-        path = [left[0]]
-        while True:
-            late = self._late(self.runners[path[-1]])
-            assert late is not None, "a program that is stuck is so at a wait"
-            if late[0] in path:
-                break
-            path.append(late[0])
-        return self._describe(path[path.index(late[0]) :])
+        path = [self.ranks.program_of.index(left[0])]
+        while (following := self._waits_for(path[-1])) not in path:
+            path.append(following)
+        return self._describe(path[path.index(following) :])
+
+    def _waits_for(self, rank: int) -> int:
+        """A rank that one that is stuck waits for: of its own group, where that tells."""
+        of = self.ranks.program_of
+        late = self._late(self.runners[of[rank]])
+        assert late is not None, "a rank that is stuck is so at a wait"
+        program, group, count = late
+        for other in self.ranks.members[rank][group]:
+            if self.runners[of[other]].reached[group] < count:
+                return other
+        return of.index(program)
 
     def _describe(self, path: list[int]) -> Fault:
-        rank_of = [self.ranks.program_of.index(program) for program in path]
-        waits = [self._waited_for(self.runners[program]) for program in path]
+        runners = [self.runners[self.ranks.program_of[rank]] for rank in path]
+        waits = [self._waited_for(runner) for runner in runners]
         lines = [
             f"rank {rank} waits for {operation} in group {operation.group!r}, "
-            f"and rank {other} has not come to it"
-            for rank, other, operation in zip(
-                rank_of, [*rank_of[1:], rank_of[0]], waits, strict=True
-            )
+            f"to which rank {other} has not come"
+            for rank, other, operation in zip(path, [*path[1:], path[0]], waits, strict=True)
         ]
-        sites = tuple(operation.site for operation in waits)
         text = f"{len(path)} ranks wait in a circle: {'; '.join(lines)}"
-        return Fault("deadlock", text, tuple(rank_of), sites)
+        return Fault("deadlock", text, tuple(path), tuple(o.site for o in waits))
 
     def _waited_for(self, runner: _Runner) -> Operation:
         return self.operations[runner.issued[-1 - runner.events[runner.at]]]

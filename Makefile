@@ -21,8 +21,9 @@ override ONE := runs/demo-one-process
 DATA := $(RUN)/data
 MEGALLAMA := .venv/bin/megallama
 
-.PHONY: demo train-demo install lint test chaos test-layouts test-schedules fuzz bench-cpu bench-kernels \
-	power-loss mutations pairs bench-checkpoints bench-schedules bench-network test-gpu bench-gpu clean
+.PHONY: demo train-demo install lint test chaos test-layouts test-schedules fuzz check-layouts \
+	bench-cpu bench-kernels power-loss mutations pairs bench-checkpoints bench-schedules bench-network \
+	test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: train-demo $(ONE)/compared
@@ -87,6 +88,9 @@ test-schedules: .venv/installed-test
 
 fuzz: .venv/installed-test
 	.venv/bin/python -m tests.layouts --fuzz $(N) --seed $(SEED)
+
+check-layouts: .venv/installed-test
+	.venv/bin/python -m tests.check --n $(N) --seed $(SEED)
 
 power-loss: .venv/installed-test
 	.venv/bin/python -m tests.chaos.power --n $(N) --seed $(SEED)

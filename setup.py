@@ -30,7 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megallama", "megallama.*"]),
-    package_data={"megallama": ["py.typed", "plan/hardware/*.yaml"]},
+    package_data={"megallama": ["py.typed", "plan/hardware/*.yaml", "train/slurm/job.sh"]},
     # Optional: the PyTorch references stand in for what was not built.
     ext_modules=[Extension("megallama.kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels},

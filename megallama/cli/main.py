@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "time training steps of a config",
     "plan": "predict a run's memory and time; find its layout",
     "check": "run a job's step without GPUs and match its collectives",
+    "launch": "make a SLURM job of a run",
     "generate": "continue a prompt with a checkpoint",
     "report": "draw a run's curves: one picture and one page",
     "convert": "to and from Hugging Face's and Meta's formats",

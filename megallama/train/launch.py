@@ -7,13 +7,14 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from megallama.errors import EXIT_CONFIG, EXIT_LOST, ConfigError, UserError
 from megallama.train.meeting import Meeting
-from megallama.train.process import ALONE, Process, connect, find_place
+from megallama.train.process import ALONE, Place, Process, connect, find_place
 from megallama.train.signals import StopSignals
 from megallama.train.supervisor import supervise
 
@@ -49,12 +50,14 @@ def launch(
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc}: at least 1 process is needed")
     place = find_place(os.environ)
+    if place and nproc > 1 and place.hosted and place.local_size == 1:
+        return supervise(nproc, partial(_work_on_node, place, nproc, prepare, work))
     if place and nproc > 1:
         if place.local_rank:
             return EXIT_CONFIG  # one line a machine
         raise ConfigError(
             f"--nproc {nproc}: a launcher already started {place.size} processes; leave --nproc "
-            "out under torchrun and srun"
+            "out under torchrun, and under srun with more than one task a node"
         )
     if place is None:
         prepared = prepare(nproc)
@@ -64,6 +67,25 @@ def launch(
         if place is None:
             return work(prepared, ALONE, stop)
         return _work_under_launcher(connect(place), stop, prepare, work)
+
+
+def _work_on_node(
+    node: Place,
+    nproc: int,
+    prepare: Callable[[int], T],
+    work: Callable[[T, Process, StopSignals], int],
+    local: Process,
+    stop: StopSignals,
+) -> int:
+    """`work` in a local worker of a job that has one task on each node."""
+    place = replace(
+        node,
+        rank=node.rank * nproc + local.rank,
+        size=node.size * nproc,
+        local_rank=local.rank,
+        local_size=nproc,
+    )
+    return _work_under_launcher(connect(place), stop, prepare, work)
 
 
 def _work_under_launcher(

@@ -1,0 +1,145 @@
+"""Rendered scripts on a real SLURM: requeued, out of time, robbed of a node, cancelled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import LENGTH, VOCAB, TinyData, losses
+from tests.slurm.cluster import LIMIT, Cluster, wait_for, why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+ROOT = Path(__file__).parents[2]
+STEPS = 9
+GATED = f"{sys.executable} -m tests.slurm.gated"
+
+
+class Bench:
+    """A cluster, and a folder from which runs are submitted."""
+
+    def __init__(self, cluster: Cluster, folder: Path, data: TinyData) -> None:
+        self.cluster, self.folder, self.data = cluster, folder, data
+        self.environ = {
+            "MEGALLAMA": GATED,
+            "PYTHONPATH": str(ROOT),
+            "GLOO_SOCKET_IFNAME": "lo",  # the machine's name may have no address
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def config(self, name: str, **parallel: int) -> Path:
+        """The config of a run of this name, written."""
+        config = {
+            "run": {"name": name},
+            "model": {"d_model": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 24,
+                      "vocab": VOCAB},
+            "train": {"steps": STEPS, "sequence_length": LENGTH, "global_batch": 4,
+                      "precision": "fp32"},
+            "parallel": parallel,
+            "optimizer": {"lr": 0.01, "warmup_steps": 2},
+            "data": {
+                "tokenizer": str(self.data.tokenizer),
+                "mixture": [{"name": n, "path": str(p), "weight": 1}
+                            for n, p in self.data.prefixes.items()],
+            },
+            "checkpoint": {"every": 5},
+        }  # fmt: skip
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def submit(self, config: Path, *words: str, gates: str = "") -> str:
+        """The id of the job; it waits at the steps `gates`."""
+        command = [*GATED.split(), "launch", "slurm", config.name, *words, "--submit"]
+        (self.folder / config.stem).mkdir()
+        variables = {"GATES": gates, "GATE_DIR": str(self.folder / config.stem)}
+        done = subprocess.run(
+            [*command, "--gpus-per-node", "0", "--time", "30"],
+            env=self.cluster.environ | self.environ | variables,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[1].rstrip(",")
+
+    def reaches(self, name: str, step: int) -> None:
+        wait_for(f"{name} at step {step}", (self.folder / name / f"reached-{step}").exists)
+
+    def state(self, job: str, *states: str) -> dict[str, str]:
+        """What SLURM knows of a job once it is in one of these states, or in a last one."""
+        ends = {*states, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
+        wait_for(f"job {job} {states}", lambda: self.cluster.job(job)["JobState"] in ends)
+        return self.cluster.job(job)
+
+    def hurry(self, job: str) -> None:
+        """Once the job is back in the queue, start it: SLURM waits for two minutes."""
+        assert self.state(job, "PENDING")["JobState"] == "PENDING"
+        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def undisturbed(self, config: Path, ranks: int) -> Path:
+        """The run directory of the same run in local workers, without SLURM."""
+        command = [*GATED.split(), "train", config.name, "--nproc", str(ranks)]
+        command.append(f"run.name={config.stem}-local")
+        done = subprocess.run(
+            command, env=self.cluster.environ | self.environ, cwd=self.folder,
+            capture_output=True, text=True, timeout=LIMIT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return self.folder / "runs" / f"{config.stem}-local"
+
+    def log(self, name: str, job: str) -> str:
+        return (self.folder / f"{name}-{job}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Iterator[Bench]:
+    with Cluster(four=5, two=2) as cluster:
+        yield Bench(cluster, tmp_path_factory.mktemp("slurm"), tiny_data)
+
+
+def test_a_job_outlives_a_requeue_a_lost_node_and_the_time_limit(bench: Bench) -> None:
+    """Two jobs at once: one is requeued and then loses a node; the time limit of the other is near,
+    and then it is cancelled."""
+    wide, narrow = bench.config("wide", tensor=2), bench.config("narrow")
+    words = ["--partition", "four", "--nodes", "4", "--spares", "1"]
+    first = bench.submit(wide, *words, gates="2,7")
+    second = bench.submit(narrow, "--partition", "two", "--nodes", "2", gates="2,4")
+
+    bench.reaches("narrow", 2)
+    bench.cluster.run("scontrol", "update", f"JobId={second}", "TimeLimit=1")  # SLURM asks by USR1
+    bench.reaches("wide", 2)
+    bench.cluster.run("scontrol", "requeue", first)
+    bench.hurry(first)
+
+    bench.reaches("wide", 7)  # the newest checkpoint is that of step 5
+    bench.cluster.lose("n2")
+    (bench.folder / "wide" / "open-7").touch()
+    run = bench.folder / "runs" / "wide"
+    survivors = run / "slurm" / f"{first}.1.1" / "ended"
+    wait_for("the survivors' end", lambda: len(list(survivors.iterdir())) == 3)
+    bench.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    ended = bench.state(first)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), bench.log("wide", first)
+    assert losses(run) == losses(bench.undisturbed(wide, 4))
+    history = json.loads((run / "slurm" / "history.json").read_text())
+    assert history["failures"] == {"n2": 1}
+    assert "attempt 2 on n1,n3,n4,n5" in bench.log("wide", first)
+
+    bench.hurry(second)
+    bench.reaches("narrow", 4)
+    bench.cluster.run("scancel", second)
+    ended = bench.state(second)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1")
+    wait_for("the end of the job", lambda: second not in bench.cluster.run("squeue", "-h"))
+    assert bench.cluster.job(second)["JobState"] == "CANCELLED"
+    rows = losses(bench.folder / "runs" / "narrow")
+    assert len(rows) >= 4
+    assert rows == losses(bench.undisturbed(narrow, 2))[: len(rows)]

@@ -74,7 +74,7 @@ lint: .venv/installed-test
 # files of the one kind fill the waits of the other.
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/unit tests/reference
-	.venv/bin/python -m pytest -n 2 --dist loadfile tests/dist tests/layouts tests/gpu
+	.venv/bin/python -m pytest -n 2 --dist loadfile tests/dist tests/layouts tests/gpu tests/slurm
 
 # N combinations of seed SEED; a failing one is printed as the command that repeats it.
 N := 200

@@ -56,11 +56,28 @@ class Bench:
 
     def submit(self, config: Path, *words: str, gates: str = "") -> str:
         """The id of the job; it waits at the steps `gates`."""
-        command = [*GATED.split(), "launch", "slurm", config.name, *words, "--submit"]
         (self.folder / config.stem).mkdir()
-        variables = {"GATES": gates, "GATE_DIR": str(self.folder / config.stem)}
+        words = (config.name, *words, "--gpus-per-node", "0", "--time", "30", "--submit")
+        return self.launch(config.stem, gates, *words).split()[1].rstrip(",")
+
+    def submit_pairs(self, config: Path, *words: str, gates: str = "") -> str:
+        """The same with `train --nproc 2` on each node. SLURM knows of no GPUs here."""
+        (self.folder / config.stem).mkdir()
+        words = (config.name, *words, "--gpus-per-node", "2", "--one-task-per-node")
+        script = self.launch(config.stem, gates, *words, "--time", "30")
+        script = script.replace("#SBATCH --gpus-per-node=2\n", "").replace("--gpus 2", "--gpus 0")
+        path = self.folder / f"{config.stem}.sbatch"
+        path.write_text(script)
+        return self.command(config.stem, gates, "sbatch", "--parsable", path.name).strip()
+
+    def launch(self, name: str, gates: str, *words: str) -> str:
+        return self.command(name, gates, *GATED.split(), "launch", "slurm", *words)
+
+    def command(self, name: str, gates: str, *words: str) -> str:
+        """What a command prints that may submit the job `name`."""
+        variables = {"GATES": gates, "GATE_DIR": str(self.folder / name)}
         done = subprocess.run(
-            [*command, "--gpus-per-node", "0", "--time", "30"],
+            words,
             env=self.cluster.environ | self.environ | variables,
             cwd=self.folder,
             capture_output=True,
@@ -68,7 +85,7 @@ class Bench:
             timeout=LIMIT,
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout.split()[1].rstrip(",")
+        return done.stdout
 
     def reaches(self, name: str, step: int) -> None:
         wait_for(f"{name} at step {step}", (self.folder / name / f"reached-{step}").exists)
@@ -84,16 +101,20 @@ class Bench:
         assert self.state(job, "PENDING")["JobState"] == "PENDING"
         self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def undisturbed(self, config: Path, ranks: int) -> Path:
-        """The run directory of the same run in local workers, without SLURM."""
-        command = [*GATED.split(), "train", config.name, "--nproc", str(ranks)]
-        command.append(f"run.name={config.stem}-local")
-        done = subprocess.run(
-            command, env=self.cluster.environ | self.environ, cwd=self.folder,
-            capture_output=True, text=True, timeout=LIMIT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return self.folder / "runs" / f"{config.stem}-local"
+    def undisturbed(self, config: Path, ranks: int) -> subprocess.Popen[str]:
+        """Starts the same run, as NAME-local, in local workers without SLURM."""
+        words = [config.name, "--nproc", str(ranks), f"run.name={config.stem}-local"]
+        return subprocess.Popen(
+            [*GATED.split(), "train", *words],
+            env=self.cluster.environ | self.environ,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def losses(self, name: str) -> list[tuple[object, ...]]:
+        return losses(self.folder / "runs" / name)
 
     def log(self, name: str, job: str) -> str:
         return (self.folder / f"{name}-{job}.log").read_text()
@@ -106,40 +127,67 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Iter
 
 
 def test_a_job_outlives_a_requeue_a_lost_node_and_the_time_limit(bench: Bench) -> None:
-    """Two jobs at once: one is requeued and then loses a node; the time limit of the other is near,
-    and then it is cancelled."""
+    """Two jobs at once. A task a rank: requeued, and then robbed of a node. A task a node: asked to
+    save by the time limit, and then cancelled."""
     wide, narrow = bench.config("wide", tensor=2), bench.config("narrow")
     words = ["--partition", "four", "--nodes", "4", "--spares", "1"]
     first = bench.submit(wide, *words, gates="2,7")
-    second = bench.submit(narrow, "--partition", "two", "--nodes", "2", gates="2,4")
+    second = bench.submit_pairs(narrow, "--partition", "two", "--nodes", "2", gates="2,4")
 
     bench.reaches("narrow", 2)
-    bench.cluster.run("scontrol", "update", f"JobId={second}", "TimeLimit=1")  # SLURM asks by USR1
+    bench.cluster.run("scontrol", "update", f"JobId={second}", "TimeLimit=1")  # SLURM sends USR1
     bench.reaches("wide", 2)
     bench.cluster.run("scontrol", "requeue", first)
+    local = [bench.undisturbed(wide, 4), bench.undisturbed(narrow, 4)]
     bench.hurry(first)
 
     bench.reaches("wide", 7)  # the newest checkpoint is that of step 5
     bench.cluster.lose("n2")
     (bench.folder / "wide" / "open-7").touch()
-    run = bench.folder / "runs" / "wide"
-    survivors = run / "slurm" / f"{first}.1.1" / "ended"
+    survivors = bench.folder / "runs/wide/slurm" / f"{first}.1.1/ended"
     wait_for("the survivors' end", lambda: len(list(survivors.iterdir())) == 3)
     bench.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
-    ended = bench.state(first)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), bench.log("wide", first)
-    assert losses(run) == losses(bench.undisturbed(wide, 4))
-    history = json.loads((run / "slurm" / "history.json").read_text())
-    assert history["failures"] == {"n2": 1}
-    assert "attempt 2 on n1,n3,n4,n5" in bench.log("wide", first)
-
     bench.hurry(second)
     bench.reaches("narrow", 4)
     bench.cluster.run("scancel", second)
+
+    ended = bench.state(first)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), bench.log("wide", first)
+    assert "attempt 2 on n1,n3,n4,n5" in bench.log("wide", first)
+    history = json.loads((bench.folder / "runs/wide/slurm/history.json").read_text())
+    assert history["failures"] == {"n2": 1}
     ended = bench.state(second)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1")
-    wait_for("the end of the job", lambda: second not in bench.cluster.run("squeue", "-h"))
+    wait_for("the end of its script", lambda: second not in bench.cluster.run("squeue", "-h"))
     assert bench.cluster.job(second)["JobState"] == "CANCELLED"
-    rows = losses(bench.folder / "runs" / "narrow")
+
+    for process in local:
+        _, error = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, error
+    assert len(bench.losses("wide")) == STEPS
+    assert bench.losses("wide") == bench.losses("wide-local")
+    rows = bench.losses("narrow")
     assert len(rows) >= 4
-    assert rows == losses(bench.undisturbed(narrow, 2))[: len(rows)]
+    assert rows == bench.losses("narrow-local")[: len(rows)]
+
+
+def test_codes_and_refusals_reach_the_user(bench: Bench) -> None:
+    """Corrupt data end a job with 65, and it stays ended; a partition that is not there is refused
+    in one line."""
+    config = bench.config("corrupt")
+    data = bench.folder / "data"
+    data.mkdir()
+    for path in bench.data.prefixes["code"].parent.glob("code.*"):
+        (data / path.name).write_bytes(path.read_bytes())
+    tokens = bytearray((data / "code.bin").read_bytes())
+    tokens[5] ^= 1
+    (data / "code.bin").write_bytes(tokens)
+    mixture = f"data.mixture=[{{name: code, path: {data / 'code'}, weight: 1}}]"
+    job = bench.submit(config, mixture, "--partition", "two", "--nodes", "2")
+    ended = bench.state(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "65:0"), bench.log("corrupt", job)
+    assert "code.bin" in bench.log("corrupt", job), "the error is in the job's log"
+
+    with pytest.raises(AssertionError, match="invalid partition") as refused:
+        bench.submit(bench.config("refused"), "--partition", "nowhere", "--nodes", "2")
+    assert str(refused.value).count("megallama: error: sbatch refused") == 1

@@ -64,8 +64,8 @@ for ((number = 1; ; number++)); do
     ask=$("${megallama[@]}" launch usable "$attempt" --allocated "$(allocated)") || exit
     count=$(tr , '\n' <<<"$ask" | wc -l)
     # Every node says how it is; the first healthy ones train.
-    run srun --time=5 --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --nodelist="$ask" \
-        --wait=120 --kill-on-bad-exit=0 --cpu-bind=none --output="$attempt/health-%N.log" \
+    run srun --overlap --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --nodelist="$ask" \
+        --time=5 --wait=120 --kill-on-bad-exit=0 --cpu-bind=none --output="$attempt/health-%N.log" \
         "${megallama[@]}" launch health "$attempt" --gpus @gpus@
     action=$(decide choose)
     if [ "${action%% *}" = train ]; then
@@ -74,16 +74,19 @@ for ((number = 1; ; number++)); do
         export MASTER_ADDR # the port follows from the job and the step
         echo "job: attempt $number on $chosen, logs in $attempt"
         # Not --kill-on-bad-exit: the first rank that ends with 75 would have the others killed. Who
-        # is there two minutes after the first one ended hangs.
-        run srun --nodes=@nodes@ --ntasks=@tasks@ --ntasks-per-node=@tasks_per_node@ \
-            --nodelist="$chosen" --distribution=block --no-kill=off --kill-on-bad-exit=0 --wait=120 \
-            --cpu-bind=none --output="$attempt/rank-%t.log" \
+        # is there two minutes after the first one ended hangs. --overlap: SLURM may hold a step that
+        # lost a node for running.
+        run srun --overlap --nodes=@nodes@ --ntasks=@tasks@ --ntasks-per-node=@tasks_per_node@ \
+            --nodelist="$chosen" --distribution=block --no-kill=off --kill-on-bad-exit=0 \
+            --wait=120 --cpu-bind=none --output="$attempt/rank-%t.log" \
             bash -c "$task" task "${megallama[@]}" train "${config[@]}"@nproc@
         action=$(decide after --code $? --ranks-per-node @ranks_per_node@)
     fi
     read -r verb detail <<<"$action"
     case $verb in
-    relaunch) ;;
+    relaunch) # without what may be left of this attempt's tasks
+        squeue -h -s -j "$SLURM_JOB_ID" -o %i | grep '\.[0-9]*$' | xargs -r scancel
+        ;;
     requeue)
         # SLURM ends this script while it is at it. Only a job that waits takes other nodes.
         trap '' TERM

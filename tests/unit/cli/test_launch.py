@@ -212,3 +212,33 @@ def test_what_the_script_calls(
     second = attempt(2)
     assert said("usable", second, "--allocated", "n1,n2,n3") == "n1,n3"
     assert said("after", second, *job, "--code", 0, "--ranks-per-node", 1) == "stop 0"
+
+
+LOCAL = {
+    "two GPUs": ("echo 'GPU 0: A'; echo 'GPU 1: B'", {}, 0, "--nproc 2"),
+    "no driver": (None, {}, 0, "--nproc 1"),
+    "a number of ranks": (None, {"RANKS": "4"}, 0, "--nproc 4"),
+    "broken driver": ("exit 9", {}, 78, ""),
+}
+
+
+@pytest.mark.parametrize("driver, variables, code, nproc", LOCAL.values(), ids=LOCAL)
+def test_on_one_machine(
+    driver: str | None, variables: dict[str, str], code: int, nproc: str, tmp_path: Path
+) -> None:
+    programs = {"megallama": 'echo "$@"', "grep": 'exec /bin/grep "$@"'}
+    if driver is not None:
+        programs["nvidia-smi"] = driver
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", ROOT / "launch/local.sh", "c.yaml", "run.name=a b"],
+        env={"PATH": str(tmp_path), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    wanted = f"train c.yaml run.name=a b {nproc} --restarts 3\n" if nproc else ""
+    assert done.stdout == wanted
+    assert done.stderr.count("\n") == (1 if code else 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megallama.train.process import expand_nodes
 from tests.conftest import LENGTH, VOCAB, TinyData, losses
 from tests.slurm.cluster import LIMIT, Cluster, wait_for, why_not
 
@@ -191,3 +192,32 @@ def test_codes_and_refusals_reach_the_user(bench: Bench) -> None:
     with pytest.raises(AssertionError, match="invalid partition") as refused:
         bench.submit(bench.config("refused"), "--partition", "nowhere", "--nodes", "2")
     assert str(refused.value).count("megallama: error: sbatch refused") == 1
+
+
+STUB = """#!/bin/sh
+case "$2" in
+usable) echo "$5" ;;
+choose) echo "requeue n7" ;;
+esac
+"""
+
+
+def test_a_requeued_job_leaves_out_bad_nodes_and_those_it_left_out_before(bench: Bench) -> None:
+    """With a stand-in for megallama that finds n7 bad."""
+    config = bench.config("excluding")
+    words = ("--partition", "two", "--nodes", "1", "--gpus-per-node", "0", "--time", "30")
+    (bench.folder / "excluding.sbatch").write_text(
+        bench.launch("excluding", "", config.name, *words)
+    )
+    stub = bench.folder / "stub"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    submit = ["env", f"MEGALLAMA={stub}", "sbatch", "--parsable", "--exclude=n6"]
+    job = bench.command("excluding", "", *submit, "excluding.sbatch").strip()
+
+    def left_out() -> list[str]:
+        return expand_nodes(bench.cluster.job(job)["ExcNodeList"])
+
+    wait_for("the exclusion", lambda: left_out() == ["n6", "n7"])
+    assert bench.cluster.job(job)["Restarts"] == "1"
+    bench.cluster.run("scancel", job)

@@ -98,9 +98,9 @@ class Bench:
         return self.cluster.job(job)
 
     def hurry(self, job: str) -> None:
-        """Once the job is back in the queue, start it: SLURM waits for two minutes."""
+        """Once the job is back in the queue, start it, with time enough: SLURM waits 2 minutes."""
         assert self.state(job, "PENDING")["JobState"] == "PENDING"
-        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=30")
 
     def undisturbed(self, config: Path, ranks: int) -> subprocess.Popen[str]:
         """Starts the same run, as NAME-local, in local workers without SLURM."""

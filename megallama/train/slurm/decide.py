@@ -66,13 +66,14 @@ def choose(attempt: Attempt, job: Job, history: History, clock: tuple[float, flo
     answered = [node for node in candidates if node in attempt.health]
     floor = _floor([attempt.health[node] for node in answered])
     faults = {node: _faults(attempt.health[node], floor, clock) for node in answered}
-    if answered and 2 * len(answered) >= len(candidates):
+    if answered:
         silent = [node for node in candidates if node not in answered]
         faults |= {node: ["does not answer"] for node in silent}
     bad = [node for node, found in faults.items() if found]
+    words = [f"{node}: {'; '.join(faults[node])}" for node in bad]
     if len(bad) <= max(1, len(candidates) // 2):  # more of them have one cause that is elsewhere
         history.blame(bad)
-    words = [f"{node}: {'; '.join(faults[node])}; left out" for node in bad]
+        words = [f"{line}; left out" for line in words]
     healthy = [n for n in answered if n not in bad and attempt.health[n].finished]
     if len(healthy) >= job.wanted:
         return f"train {','.join(healthy[: job.wanted])}", "\n".join(words)

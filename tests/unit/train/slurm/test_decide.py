@@ -104,6 +104,12 @@ def test_blame(
     assert blamed(attempt, ranks_per_node=2) == wanted
 
 
+def test_a_lone_node_without_a_word_is_not_blamed(attempt: Attempt) -> None:
+    for index in (1, 2, 3):
+        (attempt.folder / "started" / str(index)).unlink()
+    assert blamed(attempt, ranks_per_node=2) == []
+
+
 def job(wanted: int = 4, allocated: str = "abcd", asked: str = "", state: str = "RUNNING") -> Job:
     return Job(wanted, list(allocated), asked, state)
 
@@ -240,6 +246,14 @@ def test_what_all_nodes_lack_is_no_node_s_fault(attempt: Attempt) -> None:
     history = begun(attempt)
     assert choose(attempt, job(), history, (99, 101))[0] == "relaunch"
     assert history.bad == []
+
+
+def test_few_answers_say_nothing_of_the_silent(attempt: Attempt) -> None:
+    health(attempt, x=well("a"))
+    history = begun(attempt)
+    action, words = choose(attempt, job(), history, (99, 101))
+    assert (action, history.bad) == ("relaunch", [])
+    assert "b: does not answer\n" in words
 
 
 def test_the_history_outlives_the_job(tmp_path: Path) -> None:

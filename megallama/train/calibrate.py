@@ -1,0 +1,285 @@
+"""Measures the constants by which the planner prices a step: a machine file's, field by field.
+
+Every rank runs the kernels that a training step runs, all ranks at the same time, because cores,
+caches and memory are shared in training too. A figure is the median over ranks of each one's median
+over repetitions. Kernels that move memory take turns on as many sets of operands as no cache holds.
+
+Names and units are those of `megallama.plan.hardware`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megallama.autograd.attention import attention_backward, attention_forward
+from megallama.autograd.linear import linear_dgrad, linear_forward, linear_wgrad
+from megallama.autograd.segments import Segments
+from megallama.dist.connect import connect
+from megallama.dist.group import Group
+from megallama.errors import ConfigError
+from megallama.kernels.rms_norm import rms_norm_forward
+from megallama.spec.flops import peak_flops
+from megallama.train.device import DTYPES, device_name
+from megallama.train.kernel_calls import CPU, CUDA, EPS, Call, Kernels
+from megallama.train.meeting import Meeting
+from megallama.train.process import Process
+
+#: Two measured times, one above the other's noise: repetitions fill so many seconds.
+SECONDS_A_FIGURE = 0.4
+
+
+def calibrate(process: Process, device: torch.device) -> dict[str, Any]:
+    """The constants of this machine, alike on every rank.
+
+    Raises:
+        ConfigError: there is one rank alone: what is between two cannot be measured.
+        LostError: another rank does not answer.
+    """
+    if process.size < 2:
+        raise ConfigError("--nproc 1: links are measured between ranks; give --nproc 2 or more")
+    groups = connect(
+        process.store,
+        process.rank,
+        {"calibrate": range(process.size)},
+        device,
+        hostname=process.hostname,
+    )
+    try:
+        with torch.no_grad():
+            own = Calibration(groups["calibrate"], device).constants()
+    finally:
+        groups.close()
+    meeting = Meeting(process, "calibrate")
+    constants = json.loads(meeting.hold(lambda: json.dumps(own), median_of))
+    peak = peak_flops(device_name(device)) if device.type == "cuda" else None
+    return {
+        "device": device.type,
+        **constants,
+        "gemm": {"peak": peak, **constants["gemm"]},
+        "ranks": process.local_size,
+        "network": constants["node"],
+    }
+
+
+def median_of(ranks: Sequence[str]) -> str:
+    """Each figure's median over the ranks."""
+
+    def merge(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: merge([value[key] for value in values]) for key in values[0]}
+        return type(values[0])(statistics.median(values))
+
+    return json.dumps(merge([json.loads(rank) for rank in ranks]))
+
+
+class Calibration:
+    """What one rank measures. Ranks start every figure together."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.sizes = CUDA if device.type == "cuda" else CPU
+        self.kernels = Kernels(self.sizes, device)
+        self.copy_rate = self._copy_rate()
+        self.kernel_seconds = self._kernel_seconds()
+
+    def constants(self) -> dict[str, Any]:
+        gemm, attention = self._gemm(), self._attention()
+        shares, link = self._shares(), self._link()
+        return {
+            "gemm": gemm,
+            "attention": attention,
+            "memory": {
+                "capacity": self._capacity(),
+                "bandwidth": self.copy_rate,
+                "kernel_seconds": self.kernel_seconds,
+                "shares": shares,
+            },
+            "node": link,
+            "contention": self._contention(),
+        }
+
+    # Products and attention.
+
+    def _gemm(self) -> dict[str, Any]:
+        sizes = self.sizes
+        rates: dict[str, float] = {}
+        depths: dict[str, float] = {}
+        for name, dtype in DTYPES.items():
+            times: dict[int, float] = {}
+            for depth in (sizes.width // 4, sizes.width // 2, sizes.width, 2 * sizes.width):
+                x, w = self.kernels.new(dtype, (sizes.tokens, depth), (sizes.ffn, depth))
+                out = self.kernels.new(dtype, (sizes.tokens, sizes.ffn))[0]
+                flops = 2 * sizes.tokens * sizes.ffn * depth
+                times[depth] = self._seconds(lambda: linear_forward(x, w, out)) / flops  # noqa: B023
+            rates[name], depths[name] = fit_rate(times)
+        half = depths["bf16"]
+
+        def relative(call: Call, k: int, other: int) -> float:
+            flops = 2 * sizes.width * k * other
+            return flops * (k + half) / k / rates["bf16"] / self._seconds(call)
+
+        dy, w, x = self.kernels.new(
+            torch.bfloat16,
+            (sizes.tokens, 2 * sizes.ffn),
+            (2 * sizes.ffn, sizes.width),
+            (sizes.tokens, sizes.width),
+        )
+        dw = torch.zeros(2 * sizes.ffn, sizes.width, device=self.device)
+        return {
+            "flops": rates,
+            "depth": half,
+            "dgrad": relative(lambda: linear_dgrad(dy, w, x), 2 * sizes.ffn, sizes.tokens),
+            "wgrad": relative(lambda: linear_wgrad(dy, x, dw), sizes.tokens, 2 * sizes.ffn),
+        }
+
+    def _attention(self) -> dict[str, float]:
+        sizes = self.sizes
+        heads = sizes.width // sizes.head_width
+        forward: dict[int, float] = {}
+        backward: dict[int, float] = {}
+        for length in sizes.lengths:
+            count = max(1, sizes.tokens // length)
+            q, k, v, do = self.kernels.new(
+                torch.bfloat16, *[(count * length, heads, sizes.head_width)] * 4
+            )
+            dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+            segments = Segments((length,) * count)
+            o, lse = attention_forward(q, k, v, segments)
+            flops = count * length * length * sizes.width
+            forward[length] = self._seconds(lambda: attention_forward(q, k, v, segments))  # noqa: B023
+            forward[length] /= 2 * flops
+            backward[length] = self._seconds(
+                lambda: attention_backward(do, (q, k, v), o, lse, segments, (dq, dk, dv))  # noqa: B023
+            )
+            backward[length] /= 5 * flops
+        rate, half = fit_rate(forward)
+        rates = [(1 + half / each) / seconds for each, seconds in backward.items()]
+        return {"forward": rate, "backward": statistics.mean(rates), "length": half}
+
+    # Memory.
+
+    def _copy_rate(self) -> float:
+        source = torch.zeros(self.sizes.cache // 4, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self._seconds(lambda: target.copy_(source))
+
+    def _kernel_seconds(self) -> float:
+        x, w = self.kernels.new(torch.bfloat16, (1, 64), (64,))
+        return self._seconds(lambda: rms_norm_forward(x, w, EPS, out=x))
+
+    def _capacity(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.group.size
+
+    def _shares(self) -> dict[str, float]:
+        """Of the copy's bandwidth, by the name of the kind of kernel."""
+        shares = {}
+        for name, kind in self.kernels.kinds().items():
+            calls = [kind.make() for _ in range(max(2, self.sizes.cache // kind.bytes))]
+            seconds = self._seconds(*calls) - self.kernel_seconds
+            shares[name] = kind.bytes / seconds / self.copy_rate
+        return shares
+
+    # Links.
+
+    def _link(self) -> dict[str, float]:
+        """A line through the times of all-gathers and reduce-scatters over what a rank sends; each
+        size counts alike."""
+        times: dict[int, float] = {}
+        for size in self.sizes.messages:
+            shard = torch.zeros(size // 4, device=self.device)
+            whole = torch.zeros(self.group.size * (size // 4), device=self.device)
+            gathered = self._seconds(lambda: self.group.all_gather(shard).wait())  # noqa: B023
+            scattered = self._seconds(lambda: self.group.reduce_scatter(whole).wait())  # noqa: B023
+            times[(self.group.size - 1) * size] = (gathered + scattered) / 2
+        start, slope = fit_line(list(times), list(times.values()))
+        return {"bandwidth": 1 / slope, "start_seconds": start, "hop_seconds": 0.0}
+
+    def _contention(self) -> float:
+        """How much longer products take while an all-gather is under way."""
+        sizes = self.sizes
+        x, w = self.kernels.new(torch.bfloat16, self.kernels.stream, (sizes.ffn, sizes.width))
+        (out,) = self.kernels.new(torch.bfloat16, (sizes.tokens, sizes.ffn))
+
+        def product() -> Tensor:
+            return linear_forward(x, w, out)
+
+        alone = self._seconds(product)
+        shard = torch.zeros(sizes.messages[-1], device=self.device)
+        flight = self._seconds(lambda: self.group.all_gather(shard).wait())
+        times = max(1, int(flight / 2 / alone))
+
+        def beside() -> float:
+            handle = self.group.all_gather(shard)
+            began = time.perf_counter()
+            for _ in range(times):
+                product()
+            self._finish()
+            seconds = (time.perf_counter() - began) / times
+            handle.wait()
+            return seconds
+
+        return max(0.0, statistics.median(beside() for _ in range(5)) / alone - 1)
+
+    # What the figures have in common.
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _seconds(self, *calls: Call) -> float:
+        """Of one call, the median over stretches of them in turns; every rank makes as many."""
+        each = itertools.cycle(calls)
+        for _ in range(2 * len(calls)):
+            next(each)()
+        began = time.perf_counter()
+        for _ in calls:
+            next(each)()
+        self._finish()
+        took = torch.tensor([(time.perf_counter() - began) / len(calls)], dtype=torch.float64)
+        took = self.group.all_reduce(took.to(self.device)).wait() / self.group.size
+        stretches = 5
+        times = max(1, round(SECONDS_A_FIGURE / stretches / took.item()))
+        found = []
+        for _ in range(stretches):
+            began = time.perf_counter()
+            for _ in range(times):
+                next(each)()
+            self._finish()
+            found.append((time.perf_counter() - began) / times)
+        return statistics.median(found)
+
+
+def fit_rate(seconds: dict[int, float]) -> tuple[float, float]:
+    """(rate, half), where `half` is the size at which half the rate is reached: a unit of work
+    takes (1 + half / size) / rate seconds. `seconds`: of a unit, by size."""
+    flat, slope = fit_line([1 / size for size in seconds], list(seconds.values()))
+    if slope <= 0 or flat <= 0:  # no faster with the size
+        return 1 / statistics.mean(seconds.values()), 0.0
+    return 1 / flat, slope / flat
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """(a, b) of y = a + b·x with the least sum of squared relative errors; neither is negative."""
+    weights = [1 / value**2 for value in y]
+    total = sum(weights)
+    mean_x = sum(w * v for w, v in zip(weights, x, strict=True)) / total
+    mean_y = sum(w * v for w, v in zip(weights, y, strict=True)) / total
+    spread = sum(w * (v - mean_x) ** 2 for w, v in zip(weights, x, strict=True))
+    both = sum(w * (u - mean_x) * (v - mean_y) for w, u, v in zip(weights, x, y, strict=True))
+    slope = both / spread
+    if mean_y - slope * mean_x < 0:  # through the origin
+        return 0.0, sum(w * u * v for w, u, v in zip(weights, x, y, strict=True)) / sum(
+            w * u * u for w, u in zip(weights, x, strict=True)
+        )
+    return (mean_y, 0.0) if slope < 0 else (mean_y - slope * mean_x, slope)

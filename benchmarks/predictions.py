@@ -1,0 +1,153 @@
+"""Steps that the planner predicts for this machine, beside the same steps run on it.
+
+    python benchmarks/predictions.py [--json F] [--machine FILE] [--steps N] [--only TEXT]
+
+First `megallama doctor --calibrate` measures the machine with two workers, unless --machine names a
+file that it wrote. Then each combination is predicted from that file and run by `megallama bench`:
+two workers of one thread each. The figure is the prediction's distance from the median step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megallama.config.load import load_config
+from megallama.plan.hardware import load_hardware
+from megallama.plan.predict import predict
+from megallama.train.doctor import processor, versions
+
+RANKS = 2
+MODELS = {
+    "D=512, 4 layers": {"d_model": 512, "layers": 4, "heads": 8, "kv_heads": 8, "ffn": 1376},
+    "D=256, 6 layers": {"d_model": 256, "layers": 6, "heads": 4, "kv_heads": 4, "ffn": 688},
+    "D=768, 4 layers": {"d_model": 768, "layers": 4, "heads": 12, "kv_heads": 4, "ffn": 2048},
+}
+VOCAB, LENGTH, GLOBAL_BATCH = 8192, 512, 8
+#: (model, keys)
+COMBINATIONS = (
+    ("D=512, 4 layers", "parallel.tensor=2"),
+    ("D=512, 4 layers", "parallel.tensor=2 parallel.overlap=none"),
+    ("D=512, 4 layers", "parallel.tensor=2 train.saved_activations=layer_input"),
+    ("D=512, 4 layers", "parallel.pipeline=2"),
+    ("D=512, 4 layers", "parallel.pipeline=2 parallel.schedule=zb-h1 train.micro_batch=1"),
+    ("D=512, 4 layers", "parallel.data=2"),
+    ("D=512, 4 layers", "parallel.data=2 train.saved_activations=no_gate_up"),
+    ("D=256, 6 layers", "parallel.data=2 train.micro_batch=4"),
+    ("D=256, 6 layers", "parallel.tensor=2 train.micro_batch=4"),
+    ("D=256, 6 layers", "parallel.pipeline=2 parallel.schedule=gpipe"),
+    ("D=768, 4 layers", "parallel.data=2 train.saved_activations=all"),
+    ("D=768, 4 layers", "parallel.pipeline=2"),
+    ("D=768, 4 layers", "parallel.tensor=2 parallel.overlap=full"),
+    ("D=768, 4 layers", "parallel.tensor=2 train.saved_activations=no_attention_output"),
+)
+
+
+def config_of(model: str) -> dict[str, Any]:
+    return {
+        "run": {"name": "predictions"},
+        "model": {"vocab": VOCAB, "context": LENGTH, **MODELS[model]},
+        "train": {
+            "steps": 1000,
+            "sequence_length": LENGTH,
+            "global_batch": GLOBAL_BATCH,
+            "micro_batch": 2,
+            "precision": "bf16",
+        },
+    }
+
+
+def megallama(*words: str) -> None:
+    """Run a command of megallama's; each worker has one thread."""
+    main = "from megallama.cli.main import main; raise SystemExit(main())"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", main, *words], env=environment, check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def measure(path: Path, layouts: list[str], steps: int, folder: Path) -> list[dict[str, Any]]:
+    figures = folder / "figures.json"
+    asked = [word for layout in layouts for word in ("--layout", layout)]
+    megallama(
+        *("bench", str(path), "--nproc", str(RANKS), "--steps", str(steps), "--warmup", "2"),
+        *("--json", str(figures), *asked),
+    )
+    found: list[dict[str, Any]] = json.loads(figures.read_text())["layouts"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="F")
+    parser.add_argument("--machine", type=Path, metavar="FILE")
+    parser.add_argument("--steps", type=int, default=7, metavar="N")
+    parser.add_argument("--only", default="", metavar="TEXT")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        machine = args.machine or folder / "machine.yaml"
+        if not args.machine:
+            megallama("doctor", "--calibrate", str(machine), "--nproc", str(RANKS))
+        hardware = load_hardware(str(machine))
+        for model in MODELS:
+            layouts = [
+                keys
+                for other, keys in COMBINATIONS
+                if other == model and args.only in f"{model} {keys}"
+            ]
+            if not layouts:
+                continue
+            path = folder / "config.yaml"
+            path.write_text(yaml.safe_dump(config_of(model)))
+            measured = measure(path, layouts, args.steps, folder)
+            for keys, figures in zip(layouts, measured, strict=True):
+                prediction = predict(load_config(path, keys.split()), hardware, RANKS)
+                seconds = figures["step_seconds"]
+                rows.append(
+                    {
+                        "model": model,
+                        "layout": keys,
+                        "predicted_seconds": prediction.step_seconds,
+                        "measured_seconds": seconds,
+                        "error": prediction.step_seconds / seconds["median"] - 1,
+                        "predicted_exposed": dict(prediction.exposed),
+                        "measured_exposed": figures["exposed_seconds"],
+                    }
+                )
+                print(
+                    f"{model:16} {keys:66} predicted {prediction.step_seconds:.3f} s, measured "
+                    f"{seconds['min']:.3f} {seconds['median']:.3f} {seconds['max']:.3f}, "
+                    f"{rows[-1]['error']:+.1%}",
+                    flush=True,
+                )
+        calibrated = yaml.safe_load(machine.read_text())
+    errors = [abs(row["error"]) for row in rows]
+    print(f"mean error {statistics.mean(errors):.1%}, largest {max(errors):.1%}")
+    if args.json:
+        result = {
+            "command": "python benchmarks/predictions.py",
+            "date": datetime.date.today().isoformat(),
+            "machine": processor() | {"cores": os.cpu_count()},
+            "versions": versions(),
+            "calibrated": calibrated,
+            "rows": rows,
+            "mean_error": statistics.mean(errors),
+            "largest_error": max(errors),
+        }
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

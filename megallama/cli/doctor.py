@@ -15,10 +15,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run.root, whose disk is looked at (default: runs)",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the findings there, too")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE.yaml",
+        help="measure this machine for `megallama plan --gpu FILE.yaml`, with --nproc ranks",
+    )
+    parser.add_argument(
+        "--nproc", type=int, default=2, metavar="N", help="ranks that measure at once (2 or more)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a finding; exit codes: 0, or 78 where training cannot work."""
+    """Print one line a finding; exit codes: 0, or 78 where training cannot work.
+
+    With --calibrate, write the machine's constants instead.
+    """
+    if args.calibrate:
+        from megallama.cli.calibrate import calibrate_to
+
+        return calibrate_to(args.calibrate, args.nproc)
     import json
     from dataclasses import asdict
 

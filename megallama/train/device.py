@@ -33,6 +33,17 @@ def choose_device(config: Config, local_rank: int = 0) -> torch.device:
             f"model.heads={config.model.heads}: heads of width {width}; on CUDA the width is a "
             "multiple of 8 up to 256; choose heads so that model.d_model / heads is"
         )
+    return device_of(local_rank)
+
+
+def device_of(local_rank: int) -> torch.device:
+    """The rank's own GPU where there are any, else the CPU.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     if torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         local_rank = 0  # the launcher showed each process a GPU of its own (--gpus-per-task)
     if local_rank >= torch.cuda.device_count():

@@ -56,7 +56,8 @@ COMBINATIONS = (
 def config_of(model: str) -> dict[str, Any]:
     return {
         "run": {"name": "predictions"},
-        "model": {"vocab": VOCAB, "context": LENGTH, **MODELS[model]},
+        "model": {"vocab": VOCAB, **MODELS[model]},
+        "optimizer": {"lr": 1e-4},
         "train": {
             "steps": 1000,
             "sequence_length": LENGTH,

@@ -24,14 +24,16 @@ from megallama.dist.group import Group, SingleGroup
 from megallama.dist.traffic import Count, Traffic
 from megallama.spec.grid import Place
 from megallama.spec.groups import group_members, run_schedule
+from megallama.spec.traffic import REQUESTS
 from megallama.train.build import Trainer, assemble
 from megallama.train.replicas import Replicas
+from megallama.train.tally import Request
 
 #: What a step's sum comes to, element by element: a number of valid tokens so large that the norm
 #: of gradients is far below any clipping, and an early update is kept; or no valid token.
 APPLIED, LEFT_OUT = 1e12, 0.0
 #: Requests of the training loop beside the comparison of replicas: none is made.
-OTHERS = (False,) * 4
+OTHERS = (False,) * (REQUESTS - 1)
 META = torch.device("meta")
 
 
@@ -124,7 +126,7 @@ def rehearse(config: Config, place: Place, book: Book, how: How | None = None) -
     for step in steps_of(config)[: how.steps]:
         told[0], compares = step.told, step.compares
 
-        def requests(compares: bool = compares) -> Sequence[bool]:
+        def requests(compares: bool = compares) -> Sequence[Request]:
             return (compares and replicas.compare(), *OTHERS)
 
         trainer.step.run(batch, config.optimizer.lr, step.layer_norms, requests)

@@ -61,7 +61,7 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(text: str) -> None:
             "a step after one that was left out": 1,
         }
         for name, times in updates.items():
-            said = step_traffic(config, place, "cpu", requests=5, updates=times)
+            said = step_traffic(config, place, "cpu", updates=times)
             assert counts(one, name) == said.counts, (ranks[0], name)
 
 

@@ -190,7 +190,7 @@ def test_a_whole_small_step():
     Norms: 5 of 32 elements, 16 of each on a data rank: 80, half at a time, twice: 320 bytes.
     Buckets (elements): the embedding 32·32 and the norms 160: 1184; a layer, Wqkv 48·32, Wo 32·16,
     W13 40·32, W2 32·20: 3968; the output 1024. In all 10144, of which the half is sent: 20,288.
-    The step's sum: 3·8 + 15 parameters + 3 requests = 42 fp64 over 4 ranks: 2·3·11·8 = 528.
+    The step's sum: 3·8 + 15 parameters + 6 requests = 45 fp64 over 4 ranks: 2·3·12·8 = 576.
     """
     run = config(parallel={"tensor": 2, "data": 2})
     step = {
@@ -199,7 +199,7 @@ def test_a_whole_small_step():
         ("tensor", "all_reduce"): Count(1, 320),
         ("data", "reduce_scatter_rows"): Count(4, 20_288),
         ("data", "all_gather_rows"): Count(4, 20_288),
-        ("world", "all_reduce"): Count(1, 528),
+        ("world", "all_reduce"): Count(1, 576),
     }
     for place in places(run, tensor=2, data=2):
         assert step_traffic(run, place, "cpu").counts == step
@@ -270,7 +270,7 @@ def test_a_step_of_two_stages():
     Gathers of stage 0: 5·6 + 1; of stage 1: 3·6 + 1 and the statistics 2·16·4 = 128; scatters 5·4 +
     1 and 3·4 + 1. A rank's half of the stream, 1024 bytes, goes up and its gradient down. Norms: 10
     of 32 elements, and 7 with the final one; all-reduces of halves, twice: 32·4 bytes each.
-    The step's sum: 3·8 + 51 parameters + 3 requests = 78 fp64 over 4 ranks: 2·3·20·8 = 960.
+    The step's sum: 3·8 + 51 parameters + 6 requests = 81 fp64 over 4 ranks: 2·3·21·8 = 1008.
     """
     run = pipeline("1f1b", stage_layers=[5, 3])
     ups, downs = "pipeline 0>1", "pipeline 1>0"
@@ -280,7 +280,7 @@ def test_a_step_of_two_stages():
             ("tensor", "all_gather"): Count(8 * 31, 8 * 31 * 1024),
             ("tensor", "reduce_scatter"): Count(8 * 21, 8 * 21 * 1024),
             ("tensor", "all_reduce"): Count(1, 10 * 128),
-            ("world", "all_reduce"): Count(1, 960),
+            ("world", "all_reduce"): Count(1, 1008),
             (ups, "send"): message,
             (downs, "receive"): Count(8, 0),
         },
@@ -288,7 +288,7 @@ def test_a_step_of_two_stages():
             ("tensor", "all_gather"): Count(8 * (19 + 1), 8 * (19 * 1024 + 128)),
             ("tensor", "reduce_scatter"): Count(8 * 13, 8 * 13 * 1024),
             ("tensor", "all_reduce"): Count(1, 7 * 128),
-            ("world", "all_reduce"): Count(1, 960),
+            ("world", "all_reduce"): Count(1, 1008),
             (ups, "receive"): Count(8, 0),
             (downs, "send"): message,
         },

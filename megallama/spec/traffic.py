@@ -46,8 +46,8 @@ from megallama.spec.schedules.actions import Action, Receive, Send, passes
 from megallama.spec.shards import Shard, vocab_rows
 from megallama.spec.stages import Chunk, has_tied_copy, rank_tables
 
-#: What the loop asks of every rank in a step's sum: damaged copies, another writer, a profile, stop,
-#: interrupt, out of time.
+#: What the loop asks of every rank in a step's sum: damaged copies, another writer, a profile,
+#: stop, interrupt, out of time.
 REQUESTS = 6
 #: The step's sum is in fp64.
 SUM_ITEMSIZE = 8

@@ -12,6 +12,7 @@ from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
 from megallama.spec.logits import CHUNK_BYTES
 from megallama.spec.traffic import (
+    REQUESTS,
     Count,
     Traffic,
     initial_traffic,
@@ -100,7 +101,7 @@ def steps(seat: Seat, case: Case, tokens: int | None, grad_clip: float) -> Parts
         with logits_held(case, tokens):
             for number, layer_norms in enumerate((False, True)):
                 share = share_of(batch(problem, number), place.along("data"), case.data)
-                result = trainer.step.run(share, LR, layer_norms, lambda: (False, False, False))
+                result = trainer.step.run(share, LR, layer_norms, lambda: (False,) * REQUESTS)
                 kept = result.applied and result.grad_norm <= grad_clip
                 updates = (1 if kept else 2) if case.early else int(result.applied)
                 said = step_traffic(config, place, "cpu", layer_norms=layer_norms, updates=updates)

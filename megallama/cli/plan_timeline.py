@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from megallama.cli.plan_figures import Planned
@@ -12,7 +13,7 @@ from megallama.cli.plan_inside import draw_inside, first_passes
 from megallama.cli.plan_text import layout_words
 from megallama.dist.recorder import Event
 from megallama.plan.spans import Span, spans
-from megallama.train.trace import RankTimeline, Timeline
+from megallama.train.trace import RankTimeline, Timeline, stage_of
 
 #: Lanes of what is inside a pass, of the first pass of each kind alone: in a trace under the
 #: passes, too fine for a picture.
@@ -24,6 +25,16 @@ WIDTH, TOP, BOTTOM, LEFT, RIGHT, ZOOM, GAP = 12.0, 1.1, 0.6, 0.9, 0.24, 0.8, 0.9
 def timeline(plan: Planned) -> Timeline:
     """The predicted step, a rank for each pipeline stage, with what is inside of passes."""
     return _timeline(spans(plan.config, plan.hardware, plan.grid.size), "pp {}, predicted")
+
+
+def beside_measured(plan: Planned, measured: Timeline) -> Timeline:
+    """A measured step of the run, each rank that is shown over its stage's prediction."""
+    from megallama.train.timeline import shown_beside
+
+    found = spans(plan.config, plan.hardware, plan.grid.size)
+    stages = _timeline([span for span in found if span.lane not in INSIDE], "{}").ranks
+    predicted = [replace(stages[stage_of(rank.name)], name=rank.name) for rank in measured.ranks]
+    return shown_beside(measured, Timeline(measured.step, tuple(predicted)))
 
 
 def _timeline(found: Sequence[Span], name: str) -> Timeline:

@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="RUN_DIR", type=Path, help="draw another run's loss too, and compare"
     )
     parser.add_argument(
+        "--gpu",
+        metavar="NAME|FILE.yaml",
+        help="put what `megallama plan` predicts for this machine beside the run",
+    )
+    parser.add_argument(
         "--json", metavar="PATH", type=Path, help="also write the table's figures here"
     )
 
@@ -22,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes RUN_DIR/report/{loss.png,index.html} and prints the page's path."""
     import json
 
+    from megallama.cli.report_prediction import predict_run
     from megallama.errors import EXIT_DONE
     from megallama.files import refuse_os_errors
     from megallama.train.comparison import compare
@@ -30,13 +36,17 @@ def run(args: argparse.Namespace) -> int:
 
     run = read_run(args.run_dir)
     comparison = compare(run, read_run(args.against)) if args.against else None
-    print(write_report(args.run_dir, run, comparison))
-    if comparison:
-        print(comparison)
+    predicted = predict_run(run, args.run_dir, args.gpu) if args.gpu else None
+    if predicted:
+        run = predicted.drawn(run)
+    words = predicted.words(run) if predicted else ""
+    print(write_report(args.run_dir, run, comparison, words))
+    for line in filter(None, (comparison, words)):
+        print(line)
     if args.json is not None:
-        figures = json.dumps(
-            summarise(run) | (comparison.figures() if comparison else {}), indent=2
+        more = (comparison.figures() if comparison else {}) | (
+            predicted.figures() if predicted else {}
         )
         with refuse_os_errors("write", args.json):
-            args.json.write_text(figures + "\n")
+            args.json.write_text(json.dumps(summarise(run) | more, indent=2) + "\n")
     return EXIT_DONE

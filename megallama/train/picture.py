@@ -87,10 +87,11 @@ def _draw_measured(axes: Any, timeline: Timeline) -> None:
     from matplotlib.patches import Patch
 
     draw_timeline(axes, timeline)
-    count, shown = len(timeline.ranks), len(shown_ranks(timeline))
-    ranks = (
-        f"{count} rank{'s' if count > 1 else ''}" if count == shown else f"{shown} of {count} ranks"
-    )
+    measured = len(timeline.measured)
+    predicted = measured < len(timeline.ranks)
+    shown = measured if predicted else len(shown_ranks(timeline))
+    ranks = f"{shown} of {measured} ranks" if shown < measured else f"{measured} rank"
+    ranks += "s" * (1 < measured == shown) + ", over the prediction" * predicted
     title = f"step {timeline.step}, measured on {ranks}"
     axes.set_title(title, x=-0.0705, ha="left", fontsize=11.5, fontweight="bold", color=INK, pad=9)
     patches = [Patch(color=colour, label=word) for word, colour in legend_entries(timeline)]

@@ -12,7 +12,6 @@ import torch
 from megallama.config import schema
 from megallama.errors import UserError
 from megallama.files import write_atomic
-from megallama.spec.grid import Place
 from megallama.train.build import Trainer
 from megallama.train.meeting import Meeting
 from megallama.train.profile_request import RequestFile
@@ -23,6 +22,7 @@ from megallama.train.trace import (
     dump_rank,
     load_rank,
     on_one_clock,
+    place_words,
     timeline_name,
     trace_of,
 )
@@ -126,12 +126,6 @@ class Profile:
         except UserError as error:
             return f"no timeline of step {step}: {error}"
         return f"timeline of step {step}: {path}"
-
-
-def place_words(place: Place) -> str:
-    """Such as `pp 0 · dp 1 · tp 0`."""
-    axes = (("pp", place.along("pipeline")), ("dp", place.along("data")))
-    return " · ".join(f"{axis} {index}" for axis, index in (*axes, ("tp", place.along("tensor"))))
 
 
 def clock_name() -> str:

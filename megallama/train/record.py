@@ -78,6 +78,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
             else None
         ),
         "unigram_entropy_nats": run.entropy,
+        "median_step_seconds": median(run.steps, "step_seconds"),
         "median_tokens_per_second": median(run.steps, "tokens_per_second"),
         "median_tokens_per_second_per_gpu": median(run.steps, "tokens_per_second_per_gpu"),
         "median_tflops_per_gpu": median(run.steps, "tflops_per_gpu"),

@@ -46,19 +46,25 @@ td {{ font-variant-numeric: tabular-nums; }}
 """
 
 
-def write_report(run_dir: Path, run: RunRecord, comparison: Comparison | None = None) -> Path:
+def write_report(
+    run_dir: Path, run: RunRecord, comparison: Comparison | None = None, prediction: str = ""
+) -> Path:
     """Write RUN_DIR/report/loss.png and index.html; returns the page's path.
+
+    `prediction`: what the planner says of the run, for the table.
 
     Raises ConfigError where they cannot be written.
     """
     picture = draw(run, comparison.other if comparison else None)
     page = Path(run_dir) / "report" / "index.html"
     write_atomic(page.with_name("loss.png"), picture)
-    write_atomic(page, render_page(run, picture, comparison).encode())
+    write_atomic(page, render_page(run, picture, comparison, prediction).encode())
     return page
 
 
-def render_page(run: RunRecord, picture: bytes, comparison: Comparison | None = None) -> str:
+def render_page(
+    run: RunRecord, picture: bytes, comparison: Comparison | None = None, prediction: str = ""
+) -> str:
     """One HTML file that needs nothing else: the picture is inside, there is no script."""
     lines = list(_table(summarise(run)))
     shown = "loss, learning rate, gradient norm and throughput"
@@ -67,6 +73,8 @@ def render_page(run: RunRecord, picture: bytes, comparison: Comparison | None = 
         shown = f"loss, one step's timeline, {shown.partition(', ')[2]}"
     if comparison:
         lines.append(("comparison", str(comparison)))
+    if prediction:
+        lines.append(("predicted step", prediction))
     rows = "\n".join(
         f"<tr><th>{html.escape(title)}</th><td>{html.escape(value)}</td></tr>"
         for title, value in lines
@@ -93,6 +101,7 @@ def _table(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ("unigram entropy of the corpus", figures["unigram_entropy_nats"], _nats),
         ("steps", figures["steps"], "{:,}".format),
         ("tokens", figures["tokens"], "{:,}".format),
+        ("median step", figures["median_step_seconds"], "{:.3g} s".format),
         ("median tokens/s", figures["median_tokens_per_second"], "{:,.0f}".format),
         ("median tokens/s/GPU", figures["median_tokens_per_second_per_gpu"], "{:,.0f}".format),
         ("median TFLOP/s/GPU", figures["median_tflops_per_gpu"], "{:,.3g}".format),
@@ -105,7 +114,8 @@ def _table(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _recorded(timeline: Timeline) -> str:
-    ranks = f"{len(timeline.ranks)} rank" + "s" * (len(timeline.ranks) > 1)
+    count = len(timeline.measured)
+    ranks = f"{count} rank" + "s" * (count > 1)
     return (
         f"step {timeline.step}, {1e3 * timeline.seconds:,.0f} ms on {ranks}; "
         f"{FOLDER}/{timeline_name(timeline.step)} opens in Perfetto"

@@ -10,18 +10,21 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from megallama.dist.recorder import Event
 from megallama.errors import ConfigError
 from megallama.files import refuse_os_errors
+from megallama.spec.grid import Place
 
 COMPUTE_THREAD = 0
 #: Of a run, where its timelines are. `RUN_DIR/profile` is what asks for one.
 FOLDER = "profiles"
+#: The name of a rank's prediction, under it.
+PREDICTED = "predicted"
 
 
 @dataclass(frozen=True)
@@ -44,41 +47,25 @@ class Timeline:
     ranks: tuple[RankTimeline, ...]
 
     @property
+    def measured(self) -> Sequence[RankTimeline]:
+        """The ranks without their predictions."""
+        return [rank for rank in self.ranks if rank.name != PREDICTED]
+
+    @property
     def seconds(self) -> float:
         """From the begin of the earliest event to the end of the latest."""
         return max((event.end for rank in self.ranks for event in rank.events), default=0.0)
 
 
-class Span(NamedTuple):
-    """A stretch of a predicted step, in seconds from the step's begin.
-
-    `kind`: as `Event.kind`, of a pass or the name of a group; `name`: as `Event.text`, such as
-    `F(0, 3)`.
-    """
-
-    rank: int
-    name: str
-    start: float
-    end: float
-    kind: str
+def place_words(place: Place) -> str:
+    """Such as `pp 0 · dp 1 · tp 0`."""
+    axes = (("pp", place.along("pipeline")), ("dp", place.along("data")))
+    return " · ".join(f"{axis} {index}" for axis, index in (*axes, ("tp", place.along("tensor"))))
 
 
-#: Kinds of the events of a rank's own lane; others are names of groups.
-COMPUTED = frozenset(("F", "B", "W", "BW", "FB", "reduce", "step"))
-
-
-def predicted_timeline(step: int, spans: Iterable[Span], names: Mapping[int, str]) -> Timeline:
-    """A timeline of what was predicted, as if it had been measured.
-
-    `names`: what each rank is called, and which ranks there are, in this order.
-    """
-    events: dict[int, list[Event]] = {rank: [] for rank in names}
-    for span in spans:
-        lane: Literal["compute", "communication"]
-        lane = "compute" if span.kind in COMPUTED else "communication"
-        events[span.rank].append(Event(lane, span.kind, span.name, span.start, span.end))
-    ranks = (RankTimeline(names[rank], "", tuple(own)) for rank, own in events.items())
-    return Timeline(step, tuple(ranks))
+def stage_of(name: str) -> int:
+    """The pipeline rank in what `place_words` gave."""
+    return int(name.split()[1])
 
 
 def beside(measured: Timeline, predicted: Timeline) -> Timeline:
@@ -91,7 +78,7 @@ def beside(measured: Timeline, predicted: Timeline) -> Timeline:
     for rank in measured.ranks:
         rows.append(rank)
         if rank.name in found:
-            rows.append(replace(found[rank.name], name="predicted"))
+            rows.append(replace(found[rank.name], name=PREDICTED))
     return Timeline(measured.step, tuple(rows))
 
 

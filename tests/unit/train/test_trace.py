@@ -17,13 +17,11 @@ from megallama.errors import ConfigError
 from megallama.train.trace import (
     FOLDER,
     RankTimeline,
-    Span,
     Timeline,
     beside,
     dump_rank,
     load_rank,
     on_one_clock,
-    predicted_timeline,
     read_timeline,
     timeline_name,
     trace_of,
@@ -211,25 +209,6 @@ def test_a_folder_in_a_timeline_s_place_is_named(tmp_path: Path) -> None:
 
 
 # Predictions
-
-
-def test_a_prediction_is_a_timeline_like_a_measured_one() -> None:
-    """The spans of two ranks by hand, given in any order; a third rank has none."""
-    spans = [
-        Span(1, "activations", 5 * TICK, 6 * TICK, "pipeline 0>1"),
-        Span(0, "F(0, 0)", 0, 8 * TICK, "F"),
-        Span(1, "all_gather", TICK, 2 * TICK, "tensor"),
-        Span(0, "Reduce(chunk=0)", 8 * TICK, 9 * TICK, "reduce"),
-    ]
-    names = {0: "pp 0", 1: "pp 1", 5: "pp 2"}
-    assert predicted_timeline(7, spans, names) == Timeline(
-        7,
-        (
-            rank("pp 0", ran("F(0, 0)", 0, 8), ran("Reduce(chunk=0)", 8, 9, "reduce")),
-            rank("pp 1", moved("pipeline 0>1", 5, 6, "activations"), moved("tensor", 1, 2)),
-            rank("pp 2"),
-        ),
-    )
 
 
 def test_a_measured_rank_stands_over_its_prediction(tmp_path: Path) -> None:

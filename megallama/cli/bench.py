@@ -6,12 +6,13 @@ import argparse
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megallama.config.schema import Config
+    from megallama.plan.hardware import Hardware
     from megallama.train.process import Process
     from megallama.train.signals import StopSignals
 
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keys of a layout, such as 'parallel.tensor=2 parallel.overlap=full'; give it again "
         "for each layout to compare",
     )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME|FILE.yaml",
+        help="put what `megallama plan` predicts for this machine beside the figures",
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="also write the figures here")
     parser.epilog = (
         "mfu counts 6·L·[(2+2K/H)·D²+3·D·F] + 6·V·D + 6·L·D·S FLOPs a token (causal attention "
@@ -50,8 +56,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.steps < 1 or args.warmup < 0:
         raise ConfigError(f"--steps {args.steps} --warmup {args.warmup}: at least 1 and 0")
+    from megallama.plan.hardware import load_hardware
     from megallama.spec.grid import make_grid
     from megallama.train.launch import launch
+
+    hardware = load_hardware(args.gpu) if args.gpu else None
 
     def prepare(processes: int) -> list[Config]:
         configs = [
@@ -68,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         figures = bench_layouts(configs, args.steps, args.warmup, process)
         if process.rank:
             return EXIT_DONE
+        if hardware:
+            for config, row in zip(configs, figures, strict=True):
+                row["predicted"] = predicted(config, hardware, process.size)
         show(configs, args.layout, figures)
         if args.json:
             content = {"layouts": figures} if args.layout else figures[0]
@@ -88,6 +100,22 @@ def _words(layout: str) -> list[str]:
         raise ConfigError(f"--layout {layout!r}: {error}; give section.key=value words") from None
 
 
+def predicted(config: Config, hardware: Hardware, gpus: int) -> dict[str, Any]:
+    """The planner's figures of a layout: seconds, and bytes of the largest rank's tensors."""
+    from megallama.plan.ledger import ledger
+    from megallama.plan.predict import predict
+    from megallama.spec.grid import make_grid
+
+    step = predict(config, hardware, gpus)
+    return {
+        "gpu": hardware.name,
+        "step_seconds": step.step_seconds,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+        "exposed": dict(step.exposed),
+        "memory_bytes": ledger(config, make_grid(config, gpus), hardware).largest.held,
+    }
+
+
 def show(
     configs: Sequence[Config], layouts: Sequence[str], figures: Sequence[dict[str, Any]]
 ) -> None:
@@ -97,13 +125,17 @@ def show(
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    titles = ("layout", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "MFU", "memory", "exposed, s")
+    titles = ["layout", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "MFU", "memory", "exposed, s"]
+    if "predicted" in figures[0]:
+        titles.insert(2, "predicted")
     for place, title in enumerate(titles):
         table.add_column(title, justify="right" if 0 < place < len(titles) - 1 else "left")
     for place, row in enumerate(figures):
+        seconds = row["step_seconds"]["median"]
         table.add_row(
             (layouts[place] if layouts else "") or _axes(row["layout"]),
-            f"{row['step_seconds']['median']:.3g}",
+            f"{seconds:.3g}",
+            *_predicted(row, seconds),
             f"{row['tokens_per_second_per_gpu']:,.0f}",
             f"{row['tflops_per_gpu']:.3g}",
             "–" if row["mfu"] is None else f"{row['mfu']:.1%}",
@@ -123,6 +155,13 @@ def show(
         f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU on {gpus:.0f} × {row['device']}: "
         f"{tokens:.3g} tokens take {days:,.3g} days"
     )
+
+
+def _predicted(row: dict[str, Any], seconds: float) -> Iterator[str]:
+    """The column of the prediction, where there is one."""
+    if "predicted" in row:
+        said = row["predicted"]["step_seconds"]
+        yield f"{said:.3g} ({said / seconds - 1:+.0%})"
 
 
 def _axes(layout: dict[str, int]) -> str:

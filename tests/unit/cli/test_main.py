@@ -179,6 +179,13 @@ def test_bench_prints_what_it_writes(
     assert written["steps"] == 2
     assert not (tmp_path / "runs").exists()
 
+    assert main([*words, "--gpu", "cpu"]) == 0
+    assert "  predicted  " in capsys.readouterr().out.splitlines()[0]
+    said = json.loads(figures.read_text())["predicted"]
+    assert said["gpu"] == "cpu"
+    assert said["step_seconds"] > 0
+    assert said["memory_bytes"] > 0
+
     two = [*words, "--layout", "train.micro_batch=1", "--layout", "train.micro_batch=2"]
     assert main(two) == 0
     out = capsys.readouterr().out

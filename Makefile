@@ -73,7 +73,7 @@ lint: .venv/installed-test
 # Two processes share the tests. Those of the second line start up to eight more and often wait, so
 # files of the one kind fill the waits of the other.
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/unit tests/reference
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/unit tests/reference tests/security
 	.venv/bin/python -m pytest -n 2 --dist loadfile tests/dist tests/layouts tests/gpu tests/slurm
 
 # N combinations of seed SEED; a failing one is printed as the command that repeats it.

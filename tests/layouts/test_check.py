@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from megallama.check.program import Book, issued
-from megallama.check.rehearse import How, rehearse
+from megallama.check.rehearse import OTHERS, How, rehearse
 from megallama.dist.gloo import GlooGroup
 from megallama.spec.grid import Place, make_grid
 from megallama.train.replicas import Replicas
@@ -54,7 +54,7 @@ def really(seat: Seat, case: Case) -> Done:
         try:
             replicas = Replicas(trainer)
             share = share_of(batch(problem_of(case), 0), trainer.place.along("data"), case.data)
-            trainer.step.run(share, LR, False, lambda: (replicas.compare(), *[False] * 4))
+            trainer.step.run(share, LR, False, lambda: (replicas.compare(), *OTHERS))
             counts = trainer.groups.traffic.counts
             return asked, {key: (count.calls, count.bytes) for key, count in counts.items()}
         finally:

@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from megallama.train.process import Process
 
 #: Two measured times, one above the other's noise: repetitions fill so many seconds.
 SECONDS_A_FIGURE = 0.4
+#: Operands of a product: in turn, as a model's layers come.
+SETS = range(4)
 
 
 def calibrate(process: Process, device: torch.device) -> dict[str, Any]:
@@ -111,29 +114,26 @@ class Calibration:
         for name, dtype in DTYPES.items():
             times: dict[int, float] = {}
             for depth in (sizes.width // 4, sizes.width // 2, sizes.width, 2 * sizes.width):
-                x, w = self.kernels.new(dtype, (sizes.tokens, depth), (sizes.ffn, depth))
-                out = self.kernels.new(dtype, (sizes.tokens, sizes.ffn))[0]
-                flops = 2 * sizes.tokens * sizes.ffn * depth
-                times[depth] = self._seconds(lambda: linear_forward(x, w, out)) / flops  # noqa: B023
+                shapes = (sizes.tokens, depth), (sizes.ffn, depth)
+                calls = [partial(linear_forward, *self.kernels.new(dtype, *shapes)) for _ in SETS]
+                times[depth] = self._seconds(*calls) / (2 * sizes.tokens * sizes.ffn * depth)
             rates[name], depths[name] = fit_rate(times)
         half = depths["bf16"]
 
-        def relative(call: Call, k: int, other: int) -> float:
+        def relative(calls: Sequence[Call], k: int, other: int) -> float:
             flops = 2 * sizes.width * k * other
-            return flops * (k + half) / k / rates["bf16"] / self._seconds(call)
+            return flops * (k + half) / k / rates["bf16"] / self._seconds(*calls)
 
-        dy, w, x = self.kernels.new(
-            torch.bfloat16,
-            (sizes.tokens, 2 * sizes.ffn),
-            (2 * sizes.ffn, sizes.width),
-            (sizes.tokens, sizes.width),
-        )
+        of_dy, of_w = (sizes.tokens, 2 * sizes.ffn), (2 * sizes.ffn, sizes.width)
+        sets = [self.kernels.new(torch.bfloat16, of_dy, of_w, self.kernels.stream) for _ in SETS]
         dw = torch.zeros(2 * sizes.ffn, sizes.width, device=self.device)
+        dgrads = [partial(linear_dgrad, dy, w) for dy, w, _ in sets]
+        wgrads = [partial(linear_wgrad, dy, x, dw) for dy, _, x in sets]
         return {
             "flops": rates,
             "depth": half,
-            "dgrad": relative(lambda: linear_dgrad(dy, w, x), 2 * sizes.ffn, sizes.tokens),
-            "wgrad": relative(lambda: linear_wgrad(dy, x, dw), sizes.tokens, 2 * sizes.ffn),
+            "dgrad": relative(dgrads, 2 * sizes.ffn, sizes.tokens),
+            "wgrad": relative(wgrads, sizes.tokens, 2 * sizes.ffn),
         }
 
     def _attention(self) -> dict[str, float]:
@@ -194,8 +194,8 @@ class Calibration:
         size counts alike."""
         times: dict[int, float] = {}
         for size in self.sizes.messages:
-            shard = torch.zeros(size // 4, device=self.device)
-            whole = torch.zeros(self.group.size * (size // 4), device=self.device)
+            (shard,) = self.kernels.new(torch.bfloat16, (size // 2,))
+            (whole,) = self.kernels.new(torch.bfloat16, (self.group.size * (size // 2),))
             gathered = self._seconds(lambda: self.group.all_gather(shard).wait())  # noqa: B023
             scattered = self._seconds(lambda: self.group.reduce_scatter(whole).wait())  # noqa: B023
             times[(self.group.size - 1) * size] = (gathered + scattered) / 2

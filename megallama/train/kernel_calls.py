@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
 
 class Kernels:
-    """Calls in bf16 of these sizes on a device."""
+    """Calls in bf16 of these sizes on a device; what a step allocates anew, they do too."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
@@ -97,13 +97,12 @@ class Kernels:
         return lambda: rope_forward(x, cos, sin)
 
     def _activation(self) -> Call:
-        gate_up, act = self.new(torch.bfloat16, *self.feed_forward)
-        return lambda: swiglu_forward(gate_up, out=act)
+        (gate_up,) = self.new(torch.bfloat16, self.feed_forward[0])
+        return lambda: swiglu_forward(gate_up)
 
     def _activation_backward(self) -> Call:
         gate_up, dact = self.new(torch.bfloat16, *self.feed_forward)
-        act, dgate_up = torch.empty_like(dact), torch.empty_like(gate_up)
-        return lambda: swiglu_backward(dact, gate_up, out=dgate_up, act=act)
+        return lambda: swiglu_backward(dact, gate_up, out=gate_up, act=dact)
 
     def _loss(self) -> Call:
         sizes = self.sizes

@@ -1,8 +1,8 @@
 """The memory of every pipeline stage beside what the machine has: fits or not, and the way out.
 
 The items are `spec.memory`'s, exact to the byte for what an allocator is asked for. What it loses
-and what libraries take is not in them, so both are lines of their own, and assumed: no GPU was
-measured.
+and what libraries take is not in them, so both are lines of their own, and assumed: none of this
+was run on a GPU.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def _advice(advice: Advised) -> dict[str, Any]:
                 "tokens": model.tokens,
                 "loss": model.loss,
                 "training_flops": model.training_flops,
-                "serving_flops": model.serving_flops,
+                "serving_flops": advice.flops(model) - model.training_flops,
                 "training_gpu_hours": advice.gpu_hours(model),
             }
             for words, model in advice.rows

@@ -182,6 +182,8 @@ def test_advice(tmp_path: Path, capsys: Captured) -> None:
     assert alone["training_gpu_hours"] == pytest.approx(1e6)
     rate = best["tokens_per_second_per_gpu"] * 3600 * 6 * own["parameters"]
     assert served["training_flops"] + served["serving_flops"] == pytest.approx(1e6 * rate)
+    for model in (own, alone, served):  # the tokens are served by whichever is trained
+        assert model["serving_flops"] == pytest.approx(2 * model["parameters"] * 2e12)
     assert served["parameters"] < alone["parameters"]
     assert "arXiv 2404.10102" in capsys.readouterr().out
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the figures, and write them with --json."""
     from megallama.config.load import load_config
     from megallama.errors import EXIT_DONE, ConfigError
-    from megallama.files import refuse_os_errors
+    from megallama.files import refuse_overwriting, write_atomic
 
     if args.steps < 1 or args.warmup < 0:
         raise ConfigError(f"--steps {args.steps} --warmup {args.warmup}: at least 1 and 0")
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     hardware = load_hardware(args.gpu) if args.gpu else None
 
     def prepare(processes: int) -> list[Config]:
+        if args.json:
+            refuse_overwriting([args.json], [args.config])
         configs = [
             load_config(args.config, [*args.overrides, *_words(layout)])
             for layout in args.layout or [""]
@@ -83,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
         show(configs, args.layout, figures)
         if args.json:
             content = {"layouts": figures} if args.layout else figures[0]
-            with refuse_os_errors("write", args.json):
-                args.json.write_text(json.dumps(content, indent=2) + "\n")
+            write_atomic(args.json, json.dumps(content, indent=2).encode() + b"\n")
         return EXIT_DONE
 
     return launch(args.nproc, prepare, work)

@@ -22,19 +22,20 @@ def run(args: argparse.Namespace) -> int:
     """Check; exit code 1 where the job would hang or mix up data."""
     from megallama.config.load import load_config
     from megallama.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+    from megallama.files import refuse_overwriting, write_atomic
     from megallama.spec.grid import make_grid
 
     if args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus}: at least 1 is needed")
+    if args.json:
+        refuse_overwriting([args.json], [args.config])
     config = load_config(args.config, args.overrides)
     grid = make_grid(config, args.gpus)
     from megallama.check.job import check
     from megallama.check.report import as_json, lines
-    from megallama.files import refuse_os_errors
 
     checked = check(config, grid)
     print("\n".join(lines(config, grid, checked)))
     if args.json:
-        with refuse_os_errors("write", args.json):
-            args.json.write_text(as_json(config, grid, checked) + "\n")
+        write_atomic(args.json, as_json(config, grid, checked).encode() + b"\n")
     return EXIT_DONE if checked.fault is None else EXIT_FAILED

@@ -278,13 +278,14 @@ def test_bench(config_file: ConfigFile, refused: Refused) -> None:
     assert "--warmup -1" in refused(78, "bench", path, "--warmup", "-1")
     assert "No closing quotation" in refused(78, "bench", path, "--layout", "run.name='a")
     assert "parallel.tensr" in refused(78, "bench", path, "--layout", "parallel.tensr=2")
+    assert "would be written over" in refused(78, "bench", path, "--json", path)
 
 
 def test_a_json_that_cannot_be_written_loses_no_figure(
     config_file: ConfigFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unwritable = tmp_path / "nowhere" / "figures.json"
     path = str(config_file({"validation.every": 0}))
+    unwritable = Path(path) / "figures.json"  # under a file
     assert main(["bench", path, "--steps", "1", "--warmup", "0", "--json", str(unwritable)]) == 78
     shown = capsys.readouterr()
     assert "tokens/s/GPU on 1 × " in shown.out

@@ -75,7 +75,7 @@ def test_a_ledger_that_differs_is_a_fault(
         (["--gpus", "0"], "--gpus 0: at least 1 is needed"),
         (["--gpus", "3", "parallel.tensor=2"], "3 processes do not make this grid"),
         ([], "required: --gpus"),
-        (["--gpus", "2", "parallel.tensor=2", "--json", "nowhere/f"], "nowhere/f"),
+        (["--gpus", "2", "parallel.tensor=2", "--json", "/dev/null/f"], "cannot write /dev/null/f"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -85,3 +85,14 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert says in error
     assert len(error.splitlines()) == 1
+
+
+def test_the_config_is_not_written_over(config_file: ConfigFile, capsys: Captured) -> None:
+    path = config_file()
+    text = path.read_text()
+    assert main(["check", str(path), "--gpus", "1", "--json", str(path)]) == 78
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "is read and would be written over" in shown.err
+    assert shown.err.count("\n") == 1
+    assert path.read_text() == text

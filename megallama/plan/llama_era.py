@@ -19,6 +19,7 @@ from megallama.plan.chunk import Part
 from megallama.plan.costs import Costs, collective_seconds, message_seconds
 from megallama.plan.driver import drive
 from megallama.plan.hardware import Hardware
+from megallama.plan.ledger import ledger
 from megallama.plan.megatron import (
     HALF,
     LOSS_BACKWARD,
@@ -36,8 +37,6 @@ from megallama.plan.pipeline import Key
 from megallama.plan.published import OPTIMIZER_BYTES, pipeline_seconds
 from megallama.plan.streams import run
 from megallama.spec.grid import make_grid
-from megallama.spec.memory import held_bytes
-from megallama.spec.workspaces import Device
 
 #: Pipeline stages, virtual stages of each, and sequences in a micro-batch that are tried.
 STAGES, VIRTUAL, MICRO_BATCHES = (1, 2, 4, 8, 16), (1, 2, 5, 10), (1, 2, 4)
@@ -60,15 +59,15 @@ class Era:
 def era_layouts(
     model: Model, sequence: int, global_batch: int, hardware: Hardware, gpus: int, count: int = 5
 ) -> list[Era]:
-    """The `count` fastest layouts that divide and fit, the fastest first."""
+    """The `count` fastest layouts that divide and that `plan.ledger` says fit, the
+    fastest first."""
     priced = [
         (_priced(config, hardware, gpus), config)
         for config in _configs(model, sequence, global_batch, gpus)
     ]
     found: list[Era] = []
     for era, config in sorted(priced, key=lambda pair: pair[0].seconds):
-        held = held_bytes(config, make_grid(config, gpus), Device("cuda"))
-        if sum(held.values()) < hardware.memory.capacity:
+        if ledger(config, make_grid(config, gpus), hardware).fits:
             found.append(era)
         if len(found) == count:
             break

@@ -8,13 +8,15 @@ from statistics import mean
 
 import pytest
 
+from megallama.plan import ledger
 from megallama.plan.fit import LEAST, MOST, fit, with_fitted
+from megallama.plan.llama_era import era_layouts
 from megallama.plan.megatron import core_attention_bytes, saved_bytes
 from megallama.plan.published import Run, compare, gradient_seconds, predict_run, read_runs
 from megallama.spec.schedules.build import make_schedule
 from megallama.spec.schedules.promises import peak_in_flight
 from tests import reference
-from tests.unit.plan.machines import A100
+from tests.unit.plan.machines import A100, config
 
 ROWS = Path(reference.__file__).parent / "published_steps.csv"
 RUNS = read_runs(ROWS.read_text().splitlines())
@@ -84,3 +86,10 @@ def test_a_run_is_read_whole():
     assert (first.d_model, first.heads, first.vocab, first.seconds) == (6144, 64, 51200, 1.42)
     assert [dataclasses.asdict(run)["sequence_parallel"] for run in RUNS[:2]] == [False, True]
     assert isinstance(first, Run)
+
+
+def test_layouts_of_llama_s_time_fit_as_the_planner_says(monkeypatch):
+    model = config("llama-7b").model
+    assert len(era_layouts(model, 2048, 8, A100, 16, count=2)) == 2
+    monkeypatch.setattr(ledger, "LIBRARIES", {"cuda": A100.memory.capacity})
+    assert era_layouts(model, 2048, 8, A100, 16, count=2) == []

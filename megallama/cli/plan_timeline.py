@@ -28,12 +28,19 @@ def timeline(plan: Planned) -> Timeline:
 
 
 def beside_measured(plan: Planned, measured: Timeline) -> Timeline:
-    """A measured step of the run, each rank that is shown over its stage's prediction."""
+    """A measured step of the run, each rank that is shown over its stage's prediction.
+
+    A rank that the plan has no stage for stands alone: the file may be of another grid.
+    """
     from megallama.train.timeline import shown_beside
 
     found = spans(plan.config, plan.hardware, plan.grid.size)
     stages = _timeline([span for span in found if span.lane not in INSIDE], "{}").ranks
-    predicted = [replace(stages[stage_of(rank.name)], name=rank.name) for rank in measured.ranks]
+    predicted = [
+        replace(stages[stage], name=rank.name)
+        for rank in measured.ranks
+        if (stage := stage_of(rank.name)) is not None and stage < len(stages)
+    ]
     return shown_beside(measured, Timeline(measured.step, tuple(predicted)))
 
 

@@ -11,6 +11,7 @@ from megallama.cli.plan_timeline import beside_measured
 from megallama.config.load import load_config
 from megallama.errors import ConfigError
 from megallama.plan.hardware import load_hardware
+from megallama.spec.grid import make_grid
 from megallama.train.record import RunRecord, summarise
 
 
@@ -56,11 +57,19 @@ class RunPrediction:
 
 
 def predict_run(run: RunRecord, run_dir: Path, gpu: str) -> RunPrediction:
-    """Raises ConfigError where the machine is not known, or the run does not say its ranks."""
+    """Raises ConfigError where the machine is not known, the run does not say its ranks, or
+    they do not make its config's grid."""
     hardware = load_hardware(gpu)
     figures = summarise(run)
     whole, each = (figures[f"median_tokens_per_second{per}"] for per in ("", "_per_gpu"))
     if not whole or not each:
         raise ConfigError(f"{run_dir}: its metrics do not say on how many ranks it ran")
-    config = load_config(run_dir / "config.yaml")
-    return RunPrediction(planned(config, hardware, round(whole / each), None))
+    config, ranks = load_config(run_dir / "config.yaml"), round(whole / each)
+    try:
+        make_grid(config, ranks)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{run_dir}: its metrics are of {ranks} ranks, its config.yaml of another grid; give "
+            f"the run's own config back, or report without --gpu ({error})"
+        ) from None
+    return RunPrediction(planned(config, hardware, ranks, None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -63,9 +64,10 @@ def place_words(place: Place) -> str:
     return " · ".join(f"{axis} {index}" for axis, index in (*axes, ("tp", place.along("tensor"))))
 
 
-def stage_of(name: str) -> int:
-    """The pipeline rank in what `place_words` gave."""
-    return int(name.split()[1])
+def stage_of(name: str) -> int | None:
+    """The pipeline rank in what `place_words` gave; None where a file has another name."""
+    found = re.match(r"pp (\d+)\b", name)
+    return int(found[1]) if found else None
 
 
 def beside(measured: Timeline, predicted: Timeline) -> Timeline:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from megallama.cli.main import main
 from megallama.cli.plan_timeline import beside_measured
@@ -69,3 +71,29 @@ def test_a_machine_that_is_not_known_is_refused(
     error = capsys.readouterr().err
     assert "a1000" in error
     assert error.count("\n") == 1
+
+
+def test_a_rank_without_a_predicted_stage_stands_alone(run: Path) -> None:
+    plan = predict_run(read_run(run), run, "cpu").plan
+    names = ("pp 0 · dp 0 · tp 0", "pp 1 · dp 0 · tp 0", "the first", "pp", "")
+    both = beside_measured(plan, Timeline(2, tuple(RankTimeline(n, "", ()) for n in names)))
+    assert [rank.name for rank in both.ranks] == [names[0], PREDICTED, *names[1:]]
+
+
+def test_metrics_of_another_grid_than_the_config_s(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run / "config.yaml"
+    config.write_text(yaml.safe_dump(changed(config, {"data": 2, "tensor": 2})))
+    capsys.readouterr()
+    assert main(["report", str(run), "--gpu", "cpu"]) == 78
+    error = capsys.readouterr().err
+    assert f"{run}: its metrics are of 1 ranks, its config.yaml of another grid" in error
+    assert "--gpus" not in error
+    assert error.count("\n") == 1
+
+
+def changed(path: Path, parallel: dict[str, Any]) -> dict[str, Any]:
+    """A config with keys of `parallel` changed."""
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    return values | {"parallel": values["parallel"] | parallel}

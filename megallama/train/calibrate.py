@@ -37,6 +37,8 @@ from megallama.train.process import Process
 SECONDS_A_FIGURE = 0.4
 #: Operands of a product: in turn, as a model's layers come.
 SETS = range(4)
+#: Bytes of a gathered tensor from which on none is made larger to outlast a product.
+LARGEST_GATHER = 2**30
 
 
 def calibrate(process: Process, device: torch.device) -> dict[str, Any]:
@@ -205,7 +207,7 @@ class Calibration:
         return {"bandwidth": 1 / slope, "start_seconds": start, "hop_seconds": 0.0}
 
     def _contention(self) -> float:
-        """How much longer products take while an all-gather is under way."""
+        """How much longer products take while an all-gather is under way: it outlasts them."""
         sizes = self.sizes
         x, w = self.kernels.new(torch.bfloat16, self.kernels.stream, (sizes.ffn, sizes.width))
         (out,) = self.kernels.new(torch.bfloat16, (sizes.tokens, sizes.ffn))
@@ -214,8 +216,7 @@ class Calibration:
             return linear_forward(x, w, out)
 
         alone = self._seconds(product)
-        shard = torch.zeros(sizes.messages[-1], device=self.device)
-        flight = self._seconds(lambda: self.group.all_gather(shard).wait())
+        shard, flight = self._lasting(2 * alone)
         times = max(1, int(flight / 2 / alone))
 
         def beside() -> float:
@@ -226,15 +227,35 @@ class Calibration:
             self._finish()
             seconds = (time.perf_counter() - began) / times
             handle.wait()
+            self._finish()  # the next one's products do not queue behind this gather
             return seconds
 
         return max(0.0, statistics.median(beside() for _ in range(5)) / alone - 1)
 
+    def _lasting(self, seconds: float) -> tuple[Tensor, float]:
+        """A shard whose all-gather takes so long, and how long it takes; alike on every rank.
+
+        The largest message's where that does, else doubled until it does or is `LARGEST_GATHER`.
+        """
+        size, least = self.sizes.messages[-1] // 4, self._mean(seconds)
+        while True:
+            shard = torch.zeros(size, device=self.device)
+            flight = self._mean(self._seconds(lambda: self.group.all_gather(shard).wait()))  # noqa: B023
+            if flight >= least or self.group.size * shard.nbytes >= LARGEST_GATHER:
+                return shard, flight
+            size *= 2
+
     # What the figures have in common.
 
     def _finish(self) -> None:
+        """Wait for this rank's own kernels: a collective that is under way has another stream."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _mean(self, seconds: float) -> float:
+        """Over the ranks."""
+        own = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        return self.group.all_reduce(own).wait().item() / self.group.size
 
     def _seconds(self, *calls: Call) -> float:
         """Of one call, the median over stretches of them in turns; every rank makes as many."""
@@ -245,10 +266,9 @@ class Calibration:
         for _ in calls:
             next(each)()
         self._finish()
-        took = torch.tensor([(time.perf_counter() - began) / len(calls)], dtype=torch.float64)
-        took = self.group.all_reduce(took.to(self.device)).wait() / self.group.size
+        took = self._mean((time.perf_counter() - began) / len(calls))
         stretches = 5
-        times = max(1, round(SECONDS_A_FIGURE / stretches / took.item()))
+        times = max(1, round(SECONDS_A_FIGURE / stretches / took))
         found = []
         for _ in range(stretches):
             began = time.perf_counter()

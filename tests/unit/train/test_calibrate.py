@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from megallama.train.calibrate import fit_line, fit_rate, median_of
+from megallama.dist.handle import Done, Handle
+from megallama.train import calibrate
+from megallama.train.calibrate import Calibration, fit_line, fit_rate, median_of
+from megallama.train.kernel_calls import CPU, Kernels
 
 SIZES = (128, 256, 512, 1024)
+LARGEST = CPU.messages[-1]
 
 
 @given(st.floats(1e-6, 1.0), st.floats(1e-9, 1e-3))
@@ -45,3 +53,74 @@ def test_no_figure_is_negative() -> None:
 def test_ranks_agree_on_the_median() -> None:
     ranks = [{"a": value, "b": {"c": 10 * value}} for value in (1, 5, 2)]
     assert json.loads(median_of([json.dumps(rank) for rank in ranks])) == {"a": 2, "b": {"c": 20}}
+
+
+class Wire:
+    """Of two ranks that take as long as each other; a gather takes 1 s a byte that it is given."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.gathered: list[int] = []
+
+    def all_gather(self, x: Tensor) -> Handle[Tensor]:
+        self.gathered.append(x.nbytes)
+        return Done(x)
+
+    def all_reduce(self, x: Tensor) -> Handle[Tensor]:
+        return Done(2 * x)
+
+
+@pytest.fixture
+def gauge(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One that has measured nothing yet, of calls that take 1 s a byte of what they return."""
+    found: Any = Calibration.__new__(Calibration)
+    found.group, found.sizes, found.device = Wire(), CPU, torch.device("cpu")
+    found.kernels = Kernels(CPU, found.device)
+    found._seconds = lambda call: call().nbytes
+    monkeypatch.setattr(calibrate, "LARGEST_GATHER", 32 * LARGEST)
+    return found
+
+
+@pytest.mark.parametrize(
+    "needed, shard",
+    [
+        (1, LARGEST),
+        (LARGEST, LARGEST),
+        (LARGEST + 1, 2 * LARGEST),
+        (7 * LARGEST, 8 * LARGEST),
+        (1000 * LARGEST, 16 * LARGEST),  # two of them are the largest gather
+    ],
+)
+def test_a_gather_lasts_so_long(needed: float, shard: int, gauge: Any) -> None:
+    found, flight = gauge._lasting(needed)
+    assert (found.nbytes, flight) == (shard, shard)
+    assert gauge.group.gathered[0] == LARGEST
+
+
+def test_ranks_agree_on_how_long_it_lasts(gauge: Any) -> None:
+    """Else they would gather shards of two sizes."""
+    gauge.group.all_reduce = lambda x: Done(x + 3)
+    assert gauge._mean(1.0) == 2.0
+
+
+def test_products_end_while_the_gather_lasts(gauge: Any) -> None:
+    product = 2 * CPU.tokens * CPU.ffn
+    assert LARGEST < 2 * product < 2 * LARGEST
+    assert gauge._contention() >= 0
+    assert gauge.group.gathered == [LARGEST, *[2 * LARGEST] * 6]
+
+
+def test_a_gpu_s_other_streams_are_not_waited_for(
+    gauge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[torch.device] = []
+
+    def stream(device: torch.device) -> Any:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("all streams"))
+    gauge.device = torch.device("cuda", 1)
+    gauge._finish()
+    assert waited == [gauge.device]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from megallama.train.process import Process
     from megallama.train.signals import StopSignals
 
@@ -20,7 +22,8 @@ def calibrate_to(path: Path, nproc: int) -> int:
     """Measure with `nproc` local workers (or those of a launcher), and write the file.
 
     Raises:
-        ConfigError: `path` is no .yaml file that can be written, or there is one rank.
+        ConfigError: `path` is no .yaml file that can be written, there is one rank, or several
+            nodes.
         LostError: a worker was lost.
     """
     from megallama.errors import EXIT_DONE, ConfigError
@@ -38,6 +41,8 @@ def calibrate_to(path: Path, nproc: int) -> int:
         return processes
 
     def work(processes: int, process: Process, stop: StopSignals) -> int:
+        if process.size != process.local_size:
+            raise ConfigError("--calibrate: measures one machine; start it on one node")
         from megallama.train.calibrate import calibrate
         from megallama.train.device import device_of
 
@@ -45,22 +50,23 @@ def calibrate_to(path: Path, nproc: int) -> int:
         constants = calibrate(process, device)
         if process.rank == 0:
             with refuse_os_errors("write", path):
-                write_atomic(path, as_machine(path.stem, constants, processes).encode())
+                write_atomic(path, as_machine(path.stem, constants, device, processes).encode())
             print(f"wrote {path}; use it as `megallama plan CONFIG --gpus N --gpu {path}`")
         return EXIT_DONE
 
     return launch(nproc, prepare, work)
 
 
-def as_machine(name: str, constants: dict[str, Any], ranks: int) -> str:
-    """The file's text."""
+def as_machine(name: str, constants: dict[str, Any], device: torch.device, ranks: int) -> str:
+    """The file's text; `device`: what was measured."""
     import yaml
 
     from megallama.plan.hardware import Hardware
+    from megallama.train.device import device_name
     from megallama.train.doctor import processor, versions
 
     machine = Hardware.model_validate({"name": name, **rounded(constants)})
-    model = processor()["model"]
+    model = device_name(device) if device.type == "cuda" else processor()["model"]
     found = ", ".join(f"{package} {version}" for package, version in versions().items())
     header = HEADER.format(ranks=ranks, device=model, versions=found)
     return header + yaml.safe_dump(machine.model_dump(), sort_keys=False)

@@ -10,7 +10,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
         type=Path,
-        default=Path("runs"),
         metavar="DIR",
         help="run.root, whose disk is looked at (default: runs)",
     )
@@ -33,7 +32,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.calibrate:
         from megallama.cli.calibrate import calibrate_to
+        from megallama.errors import ConfigError
 
+        for option, value in (("--root", args.root), ("--json", args.json)):
+            if value:
+                raise ConfigError(
+                    f"{option} {value}: is of the findings; leave it or --calibrate out"
+                )
         return calibrate_to(args.calibrate, args.nproc)
     import json
     from dataclasses import asdict
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not any(finding.level == "broken" for finding in found):  # else there is nothing to import
         from megallama.train.doctor import findings
 
-        for finding in findings(args.root):
+        for finding in findings(args.root or Path("runs")):
             show(finding)
     broken = sum(finding.level == "broken" for finding in found)
     notes = sum(finding.level == "note" for finding in found)

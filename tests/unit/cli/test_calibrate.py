@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from megallama.cli.calibrate import rounded
+from megallama.cli.calibrate import as_machine, calibrate_to, rounded
 from megallama.cli.main import main
+from megallama.errors import ConfigError
 from megallama.plan.hardware import load_hardware
-from megallama.train import calibrate, kernel_calls
+from megallama.train import calibrate, device, kernel_calls, launch
+from megallama.train.process import Process
 
 SMALL = kernel_calls.Sizes(64, 64, 96, 32, 128, (16, 64), 2**16, (2**10, 2**12))
 
@@ -41,6 +45,8 @@ def test_a_machine_is_measured_and_its_file_is_one(
         (["here.yaml", "--nproc", "0"], "--nproc 0"),
         (["here.json"], "here.json"),
         (["nowhere/here.yaml"], "nowhere"),
+        (["here.yaml", "--json", "f.json"], "--json f.json"),
+        (["here.yaml", "--root", "runs"], "--root runs"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -63,3 +69,21 @@ def test_figures_have_four_digits() -> None:
         "a": 123500.0,
         "b": {"c": 7, "d": "x"},
     }
+
+
+def test_several_nodes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_two_nodes(nproc: int, prepare: Any, work: Any) -> int:
+        return work(prepare(4), Process(0, 4, 0, 2, None, None), None)
+
+    monkeypatch.setattr(launch, "launch", on_two_nodes)
+    with pytest.raises(ConfigError, match="--calibrate: measures one machine; start it on one"):
+        calibrate_to(tmp_path / "here.yaml", 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_s_file_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the processor beside it."""
+    monkeypatch.setattr(device, "device_name", lambda of: f"GPU {of.index}")
+    constants = load_hardware("h100").model_dump(exclude={"name"})
+    text = as_machine("here", constants, torch.device("cuda", 3), 8)
+    assert text.startswith("# Measured by `megallama doctor --calibrate`: 8 ranks at once, GPU 3, ")

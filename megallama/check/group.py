@@ -97,7 +97,10 @@ class NotingGroup:
         shapes, dtypes = _described(tensors)
         name = None if wire is None else _name(wire)
         sent = (self.size - 1) * to_each
-        place = self._log.issue(Operation(self.name, kind, shapes, dtypes, name, sent, call_site()))
+        known = (self._log.names.get(id(x)) for x in tensors)
+        label = ", ".join(filter(None, known))
+        operation = Operation(self.name, kind, shapes, dtypes, name, sent, call_site(), label=label)
+        place = self._log.issue(operation)
         return Noted(value, cover, self._log, place)
 
     def _message(

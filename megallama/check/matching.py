@@ -1,4 +1,4 @@
-"""Whether the ranks of every group ask for the same operations, and own every weight once."""
+"""Whether ranks of a group ask for the same operations, and together own as much as there is."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _operation(ranks: Ranks, rank: int, stream: Stream, number: int) -> Operatio
 
 
 def weights(ranks: Ranks, model: Model) -> Fault | None:
-    """A parameter of the model whose elements do not each have one owner among all ranks.
+    """A parameter of which all ranks together do not own as many elements as it has.
 
     They are counted: as many as the model has, on all ranks together.
     """

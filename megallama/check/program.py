@@ -19,15 +19,16 @@ PACKAGE = Path(megallama.__file__).parent
 #: Files whose lines say nothing of who wanted an operation: whoever called them does.
 PASSED_OVER = ("check/", "dist/", "parallel/tokens.py")
 
-#: What every rank that takes part must say alike: kind, shapes, dtypes, the wire's; of a collective
-#: its place in the code, and of a message who sends to whom and its label.
+#: What every rank that takes part must say alike: label, shapes, dtypes, the wire's; of a
+#: collective kind and place in the code, and of a message who sends to whom.
 Meaning = tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class Operation:
     """One call of a group. `ends`: of a message, the sender's and the receiver's places in the
-    group. `sent`: bytes that this rank sends. `site`: file and line of whoever wanted it."""
+    group. `sent`: bytes that this rank sends. `site`: file and line of whoever wanted it. `label`:
+    of a message what its sender calls it; of rows the names of the parameters, where known."""
 
     group: str
     kind: str
@@ -41,10 +42,10 @@ class Operation:
 
     @property
     def meaning(self) -> Meaning:
-        """Of a collective also who wants it: two of one shape, in another order on some rank, run
-        and mix up their data."""
-        how = (self.kind, self.site) if self.ends is None else (self.ends, self.label)
-        return *how, self.shapes, self.dtypes, self.wire
+        """Of a collective also who wants it, and of which parameters: two of one shape, in another
+        order on some rank, run and mix up their data."""
+        how = (self.kind, self.site) if self.ends is None else (self.ends,)
+        return *how, self.label, self.shapes, self.dtypes, self.wire
 
     def __str__(self) -> str:
         shapes = list(map(list, self.shapes[:3])) if len(self.shapes) > 1 else [*self.shapes[0]]
@@ -78,13 +79,14 @@ class Log:
     """A rank's program as it comes about.
 
     `events`: of an issued operation its number in the book; of a wait -1 - n for the n-th operation
-    that this rank issued.
+    that this rank issued. `names`: of tensors that live as long as the rank, by `id`.
     """
 
     def __init__(self, book: Book) -> None:
         self.book = book
         self.events = array("l")
         self.issued = 0
+        self.names: dict[int, str] = {}
 
     def issue(self, operation: Operation) -> int:
         """Note an operation; returns how many were issued before."""

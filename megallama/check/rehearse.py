@@ -116,6 +116,7 @@ def rehearse(config: Config, place: Place, book: Book, how: How | None = None) -
         place.rank, members, log, lambda x: torch.full(x.shape, told[0], dtype=x.dtype)
     )
     trainer = assemble(config, place, META, Groups(groups, Traffic()))
+    log.names = names_of(trainer)
     if how.plant is not None:
         how.plant(trainer)
     pipeline = trainer.step.pipelines.train(schedule.micro_batches)
@@ -155,6 +156,13 @@ def _batch(config: Config, place: Place) -> Batch:
     count = config.train.global_batch // place.grid.data
     tokens = np.zeros((count, config.train.sequence_length), dtype=np.int64)
     return Batch(tokens, tokens, np.zeros(count, dtype=np.int64), None)
+
+
+def names_of(trainer: Trainer) -> dict[int, str]:
+    """The parameter of each tensor that data ranks share by rows, by its `id`."""
+    state = trainer.model.state
+    shared = (state.padded_weights, state.padded_gradients)
+    return {id(tensor): name for tensors in shared for name, tensor in tensors.items()}
 
 
 def _state_bytes(trainer: Trainer) -> dict[str, int]:

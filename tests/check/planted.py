@@ -224,6 +224,12 @@ def buckets_reversed(trainer: Trainer) -> None:
     trainer.zero.buckets = trainer.zero.buckets[::-1]
 
 
+def buckets_of_equal_layers_swapped(trainer: Trainer) -> None:
+    """Of the updated weights two layers' leave in the other order: of one shape, from one line."""
+    head, one, other, *rest = trainer.zero.buckets
+    trainer.zero.buckets = (head, other, one, *rest)
+
+
 def bucket_split(trainer: Trainer) -> None:
     """A bucket's gradients leave as two."""
     group = trainer.zero.groups.data
@@ -317,6 +323,9 @@ PLANTED = {
     "heads apart": Planted("tensor=4 data=1 kv_heads=2", (2,), "mismatch", "", heads_apart),
     "tied apart": Planted(f"{STAGES} tied=True", (0,), "mismatch", "", tied_apart),
     "buckets reversed": Planted("tensor=1 data=2", (1,), "mismatch", "", buckets_reversed),
+    "equal buckets swapped": Planted(
+        "tensor=1 data=2", (1,), "mismatch", "layers.1.", buckets_of_equal_layers_swapped
+    ),
     "a bucket in two": Planted("tensor=1 data=2", (1,), "mismatch", "", bucket_split),
     "a bucket too short": Planted("tensor=1 data=2", (0,), "mismatch", "", bucket_short),
     "crosswise": Planted("tensor=2 data=2", (0, 1, 2, 3), "deadlock", "circle", crosswise),

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from megallama.check.program import Book, issued
-from megallama.check.rehearse import OTHERS, How, rehearse
+from megallama.check.rehearse import OTHERS, How, names_of, rehearse
 from megallama.dist.gloo import GlooGroup
 from megallama.spec.grid import Place, make_grid
 from megallama.train.replicas import Replicas
@@ -32,12 +32,14 @@ Done = tuple[list[tuple[Any, ...]], dict[tuple[str, str], tuple[int, int]]]
 def really(seat: Seat, case: Case) -> Done:
     """On one rank: what its build and its first step ask of the groups."""
     asked: list[tuple[Any, ...]] = []
+    names: dict[int, str] = {}
     submit, submit_point = GlooGroup._submit, GlooGroup._submit_point
 
     def collective(
         group: GlooGroup, run: Any, cover: int, operation: str, tensors: Any, wire: Any = None
     ) -> Any:
-        asked.append((group.name, operation, [tuple(t.shape) for t in tensors], ""))
+        label = ", ".join(names[id(t)] for t in tensors if id(t) in names)
+        asked.append((group.name, operation, [tuple(t.shape) for t in tensors], label))
         return submit(group, run, cover, operation, tensors, wire)
 
     def point(
@@ -52,6 +54,7 @@ def really(seat: Seat, case: Case) -> Done:
     ):
         trainer = build(seat, case, grad_clip=1e9)
         try:
+            names.update(names_of(trainer))
             replicas = Replicas(trainer)
             share = share_of(batch(problem_of(case), 0), trainer.place.along("data"), case.data)
             trainer.step.run(share, LR, False, lambda: (replicas.compare(), *OTHERS))

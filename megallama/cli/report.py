@@ -37,10 +37,9 @@ def run(args: argparse.Namespace) -> int:
     run = read_run(args.run_dir)
     comparison = compare(run, read_run(args.against)) if args.against else None
     predicted = predict_run(run, args.run_dir, args.gpu) if args.gpu else None
-    if predicted:
-        run = predicted.drawn(run)
     words = predicted.words(run) if predicted else ""
-    print(write_report(args.run_dir, run, comparison, words))
+    beside = predicted.beside(run) if predicted else None
+    print(write_report(args.run_dir, run, comparison, words, beside))
     for line in filter(None, (comparison, words)):
         print(line)
     if args.json is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megallama.errors import ConfigError
 from megallama.plan.hardware import load_hardware
 from megallama.spec.grid import make_grid
 from megallama.train.record import RunRecord, summarise
+from megallama.train.trace import Timeline
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,11 @@ class RunPrediction:
 
     plan: Planned
 
-    def drawn(self, run: RunRecord) -> RunRecord:
-        """The run with its recorded step, if it has one, over the predicted one."""
-        if run.timeline is None:
-            return run
-        return replace(run, timeline=beside_measured(self.plan, run.timeline))
+    def beside(self, run: RunRecord) -> Timeline | None:
+        """The run's recorded step over the predicted one; None without one, or with several."""
+        if run.timeline is None or run.timeline.several:
+            return None
+        return beside_measured(self.plan, run.timeline)
 
     def words(self, run: RunRecord) -> str:
         """One line: predicted and measured."""
@@ -38,6 +39,8 @@ class RunPrediction:
         if exposed := {name: each for name, each in step.exposed.items() if each > 0}:
             longest = max(exposed, key=exposed.__getitem__)
             words += f"; most exposed: {longest}, {exposed[longest]:.2g} s"
+        if run.timeline and run.timeline.several:
+            words += "; not drawn: several steps were recorded, and one is predicted"
         return words
 
     def figures(self) -> dict[str, Any]:

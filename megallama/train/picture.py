@@ -11,7 +11,7 @@ import numpy as np
 
 from megallama.train.record import RunRecord, column, median, shape_words, summarise
 from megallama.train.timeline import ROW_INCHES, draw_timeline, legend_entries, shown_ranks
-from megallama.train.trace import Timeline
+from megallama.train.trace import PREDICTED, Timeline
 
 SMOOTH_ABOVE = 100  # points: a smoothed line over the raw one from here on
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6eaee"
@@ -37,16 +37,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(run: RunRecord, other: RunRecord | None = None) -> bytes:
+def draw(run: RunRecord, other: RunRecord | None = None, beside: Timeline | None = None) -> bytes:
     """The PNG: loss over learning rate, gradient norm and throughput, all against the step.
 
     The loss of an `other` run is drawn under it. A step that was recorded stands between the loss
-    and the rest, as a timeline.
+    and the rest, as a timeline. `beside`: that step with its prediction, to be drawn in its place.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    timeline = run.timeline
+    timeline = beside or run.timeline
     rows = len(shown_ranks(timeline)) if timeline else 0
     loss, middle, panels = (2.75, 0.95 + ROW_INCHES * rows, 1.35) if rows else (2.97, 0.0, 1.7)
     height = 1.25 + loss + middle + 1.03 + panels + 0.65
@@ -56,8 +56,9 @@ def draw(run: RunRecord, other: RunRecord | None = None) -> bytes:
         _write(figure, 0.65, subtitle(run), fontsize=11, color=MUTED)
         _draw_loss(_axes(figure, 1.25, loss), run, other)
         top = 1.25 + loss + 0.95
-        if timeline:
-            _draw_measured(_axes(figure, top, ROW_INCHES * rows, left=1.45), timeline)
+        if timeline and run.timeline:
+            axes = _axes(figure, top, ROW_INCHES * rows, left=1.45)
+            _draw_measured(axes, timeline, len(run.timeline.ranks))
         top = height - 0.65 - panels
         _draw_lr(_axes(figure, top, panels, 0), run)
         _draw_grad_norm(_axes(figure, top, panels, 1), run)
@@ -83,13 +84,14 @@ def _write(figure: Any, top: float, text: str, **style: Any) -> None:
     figure.text(LEFT / WIDTH, 1 - top / figure.get_figheight(), text, va="center", **style)
 
 
-def _draw_measured(axes: Any, timeline: Timeline) -> None:
+def _draw_measured(axes: Any, timeline: Timeline, measured: int) -> None:
+    """`measured`: how many ranks were recorded."""
     from matplotlib.patches import Patch
 
     draw_timeline(axes, timeline)
-    measured = len(timeline.measured)
-    predicted = measured < len(timeline.ranks)
-    shown = measured if predicted else len(shown_ranks(timeline))
+    rows = [rank.name for rank in shown_ranks(timeline)]
+    predicted = PREDICTED in rows
+    shown = len(rows) - rows.count(PREDICTED)
     ranks = f"{shown} of {measured} ranks" if shown < measured else f"{measured} rank"
     ranks += "s" * (1 < measured == shown) + ", over the prediction" * predicted
     title = f"step {timeline.step}, measured on {ranks}"

@@ -47,15 +47,20 @@ td {{ font-variant-numeric: tabular-nums; }}
 
 
 def write_report(
-    run_dir: Path, run: RunRecord, comparison: Comparison | None = None, prediction: str = ""
+    run_dir: Path,
+    run: RunRecord,
+    comparison: Comparison | None = None,
+    prediction: str = "",
+    beside: Timeline | None = None,
 ) -> Path:
     """Write RUN_DIR/report/loss.png and index.html; returns the page's path.
 
-    `prediction`: what the planner says of the run, for the table.
+    `prediction`: what the planner says of the run, for the table; `beside`: the recorded step with
+    the predicted one, for the picture.
 
     Raises ConfigError where they cannot be written.
     """
-    picture = draw(run, comparison.other if comparison else None)
+    picture = draw(run, comparison.other if comparison else None, beside)
     page = Path(run_dir) / "report" / "index.html"
     write_atomic(page.with_name("loss.png"), picture)
     write_atomic(page, render_page(run, picture, comparison, prediction).encode())
@@ -114,7 +119,7 @@ def _table(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _recorded(timeline: Timeline) -> str:
-    count = len(timeline.measured)
+    count = len(timeline.ranks)
     ranks = f"{count} rank" + "s" * (count > 1)
     return (
         f"step {timeline.step}, {1e3 * timeline.seconds:,.0f} ms on {ranks}; "

@@ -48,9 +48,13 @@ class Timeline:
     ranks: tuple[RankTimeline, ...]
 
     @property
-    def measured(self) -> Sequence[RankTimeline]:
-        """The ranks without their predictions."""
-        return [rank for rank in self.ranks if rank.name != PREDICTED]
+    def several(self) -> bool:
+        """Whether it is of more than one step: in one, a rank runs each of its passes once."""
+        for rank in self.ranks:
+            passes = [event.text for event in rank.events if event.lane == "compute"]
+            if len(set(passes)) < len(passes):
+                return True
+        return False
 
     @property
     def seconds(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ def test_a_run_stands_beside_its_prediction(
     page, line = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{step.step_seconds:.3g} s predicted for cpu, ")
     assert f"<td>{line}</td>" in Path(page).read_text()
+    assert record.timeline is not None
+    measured = f"step 2, {1e3 * record.timeline.seconds:,.0f} ms on 1 rank; "
+    assert measured in Path(page).read_text()
     written = json.loads(figures.read_text())
     assert written["predicted"]["step_seconds"] == step.step_seconds
     assert written["median_step_seconds"] > 0
 
-    drawn = predicted.drawn(record).timeline
+    drawn = predicted.beside(record)
     assert drawn is not None
     over, under = drawn.ranks
     assert (over.name, under.name) == ("pp 0 · dp 0 · tp 0", PREDICTED)
@@ -60,7 +64,6 @@ def test_every_measured_rank_stands_over_its_stage(config_file: ConfigFile, run:
     both = beside_measured(plan, Timeline(2, tuple(RankTimeline(n, "", ()) for n in names)))
     assert [rank.name for rank in both.ranks] == [names[0], PREDICTED, names[1], PREDICTED]
     assert both.ranks[1].events == both.ranks[3].events != ()
-    assert [rank.name for rank in both.measured] == list(names)
 
 
 def test_a_machine_that_is_not_known_is_refused(
@@ -97,3 +100,17 @@ def changed(path: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     """A config with keys of `parallel` changed."""
     values: dict[str, Any] = yaml.safe_load(path.read_text())
     return values | {"parallel": values["parallel"] | parallel}
+
+
+def test_several_recorded_steps_are_drawn_without_the_prediction_of_one(run: Path) -> None:
+    record = read_run(run)
+    assert record.timeline is not None
+    predicted = predict_run(record, run, "cpu")
+    (one,) = record.timeline.ranks
+    later = [replace(e, begin=e.begin + 10, end=e.end + 10) for e in one.events]
+    twice = replace(one, events=(*one.events, *later))
+    two = replace(record, timeline=replace(record.timeline, ranks=(twice,)))
+    assert predicted.beside(record) is not None
+    assert "not drawn" not in predicted.words(record)
+    assert predicted.beside(two) is None
+    assert predicted.words(two).endswith("several steps were recorded, and one is predicted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from megallama.train.picture import draw
+from megallama.train.picture import _draw_measured, draw
 from megallama.train.record import RunRecord, read_run
-from megallama.train.report import render_page
+from megallama.train.report import render_page, write_report
 from megallama.train.timeline import (
     BLUE,
     GREEN,
@@ -203,6 +204,36 @@ def test_the_report_has_the_recorded_step(run: RunRecord) -> None:
     assert page.table["recorded step"] == (
         "step 50, 1,000 ms on 2 ranks; profiles/step-00000050.json opens in Perfetto"
     )
+
+
+def test_a_prediction_in_the_picture_is_not_in_the_table(run: RunRecord, tmp_path: Path) -> None:
+    assert run.timeline is not None
+    slow = [replace(one, events=(ran("F(0, 0)", 0, 5120),)) for one in run.timeline.ranks[:1]]
+    beside = shown_beside(run.timeline, Timeline(50, tuple(slow)))
+    assert beside.seconds == 10
+    path = write_report(tmp_path, run, beside=beside)
+    page = Page(path.read_text())
+    assert page.table["recorded step"].startswith("step 50, 1,000 ms on 2 ranks; ")
+    assert path.with_name("loss.png").read_bytes() != draw(run)
+
+
+@pytest.mark.parametrize(
+    "recorded, beside, words",
+    [
+        (1, False, "1 rank"),
+        (2, False, "2 ranks"),
+        (40, False, "16 of 40 ranks"),
+        (1, True, "1 rank, over the prediction"),
+        (2, True, "2 ranks, over the prediction"),
+        (40, True, "8 of 40 ranks, over the prediction"),
+    ],
+)
+def test_the_title_counts_the_recorded_ranks(recorded: int, beside: bool, words: str) -> None:
+    timeline = Timeline(50, tuple(rank(str(i), ran("F(0, 0)", 0, 9)) for i in range(recorded)))
+    shown = shown_beside(timeline, timeline) if beside else timeline
+    axes = Figure(figsize=(12, 2)).add_axes((0.1, 0.1, 0.8, 0.8))
+    _draw_measured(axes, shown, recorded)
+    assert axes.get_title() == f"step 50, measured on {words}"
 
 
 def test_the_picture_has_a_row_a_rank(run: RunRecord) -> None:

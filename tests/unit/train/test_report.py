@@ -148,6 +148,7 @@ def test_the_table_holds_the_runs_figures(run_dir: Path) -> None:
         "unigram entropy of the corpus": "5.5000 nats",
         "steps": "200",
         "tokens": "204,800",
+        "median step": "0.5 s",
         "median tokens/s": "2,048",
         "median tokens/s/GPU": "1,024",
         "median TFLOP/s/GPU": "0.5",

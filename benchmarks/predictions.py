@@ -5,6 +5,9 @@
 First `megallama doctor --calibrate` measures the machine with two workers, unless --machine names a
 file that it wrote. Then each combination is predicted from that file and run by `megallama bench`:
 two workers of one thread each. The figure is the prediction's distance from the median step.
+
+Memory is there too, and no figure is made of it: predicted are the tensors of the rank that holds
+most, measured is the largest process, with the interpreter, PyTorch and all that it has loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,11 +27,15 @@ from typing import Any
 import yaml
 
 from megallama.config.load import load_config
-from megallama.plan.hardware import load_hardware
+from megallama.config.schema import Config
+from megallama.plan.hardware import Hardware, load_hardware
+from megallama.plan.ledger import ledger
 from megallama.plan.predict import predict
+from megallama.spec.grid import make_grid
 from megallama.train.doctor import processor, versions
 
 RANKS = 2
+MIB = 1 << 20
 MODELS = {
     "D=512, 4 layers": {"d_model": 512, "layers": 4, "heads": 8, "kv_heads": 8, "ffn": 1376},
     "D=256, 6 layers": {"d_model": 256, "layers": 6, "heads": 4, "kv_heads": 4, "ffn": 688},
@@ -88,13 +96,49 @@ def measure(path: Path, layouts: list[str], steps: int, folder: Path) -> list[di
     return found
 
 
+def chosen(only: str) -> dict[str, list[str]]:
+    """By model the layouts of the rows that have this text."""
+    found: dict[str, list[str]] = {}
+    for model, keys in COMBINATIONS:
+        if only in f"{model} {keys}":
+            found.setdefault(model, []).append(keys)
+    return found
+
+
+def beside(config: Config, hardware: Hardware, figures: dict[str, Any]) -> dict[str, Any]:
+    """A row's predicted figures and `megallama bench`'s."""
+    prediction, seconds = predict(config, hardware, RANKS), figures["step_seconds"]
+    return {
+        "predicted_seconds": prediction.step_seconds,
+        "measured_seconds": seconds,
+        "error": prediction.step_seconds / seconds["median"] - 1,
+        "predicted_exposed": dict(prediction.exposed),
+        "measured_exposed": figures["exposed_seconds"],
+        "predicted_tensor_bytes": ledger(config, make_grid(config, RANKS), hardware).largest.held,
+        "measured_resident_bytes": figures["peak_memory_bytes"],
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    seconds = row["measured_seconds"]
+    return (
+        f"{row['model']:16} {row['layout']:66} predicted {row['predicted_seconds']:.3f} s, "
+        f"measured {seconds['min']:.3f} {seconds['median']:.3f} {seconds['max']:.3f}, "
+        f"{row['error']:+.1%}; tensors {row['predicted_tensor_bytes'] / MIB:,.0f} MiB predicted, "
+        f"process {row['measured_resident_bytes'] / MIB:,.0f} MiB resident"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="F")
     parser.add_argument("--machine", type=Path, metavar="FILE")
     parser.add_argument("--steps", type=int, default=7, metavar="N")
-    parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of a row's model and keys")
     args = parser.parse_args()
+    asked = chosen(args.only)
+    if not asked:
+        raise SystemExit(f"--only {args.only}: is in no row; give 'pipeline=2', say")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,43 +146,20 @@ def main() -> None:
         if not args.machine:
             megallama("doctor", "--calibrate", str(machine), "--nproc", str(RANKS))
         hardware = load_hardware(str(machine))
-        for model in MODELS:
-            layouts = [
-                keys
-                for other, keys in COMBINATIONS
-                if other == model and args.only in f"{model} {keys}"
-            ]
-            if not layouts:
-                continue
+        for model, layouts in asked.items():
             path = folder / "config.yaml"
             path.write_text(yaml.safe_dump(config_of(model)))
             measured = measure(path, layouts, args.steps, folder)
             for keys, figures in zip(layouts, measured, strict=True):
-                prediction = predict(load_config(path, keys.split()), hardware, RANKS)
-                seconds = figures["step_seconds"]
-                rows.append(
-                    {
-                        "model": model,
-                        "layout": keys,
-                        "predicted_seconds": prediction.step_seconds,
-                        "measured_seconds": seconds,
-                        "error": prediction.step_seconds / seconds["median"] - 1,
-                        "predicted_exposed": dict(prediction.exposed),
-                        "measured_exposed": figures["exposed_seconds"],
-                    }
-                )
-                print(
-                    f"{model:16} {keys:66} predicted {prediction.step_seconds:.3f} s, measured "
-                    f"{seconds['min']:.3f} {seconds['median']:.3f} {seconds['max']:.3f}, "
-                    f"{rows[-1]['error']:+.1%}",
-                    flush=True,
-                )
+                config = load_config(path, keys.split())
+                rows.append({"model": model, "layout": keys, **beside(config, hardware, figures)})
+                print(line(rows[-1]), flush=True)
         calibrated = yaml.safe_load(machine.read_text())
     errors = [abs(row["error"]) for row in rows]
     print(f"mean error {statistics.mean(errors):.1%}, largest {max(errors):.1%}")
     if args.json:
         result = {
-            "command": "python benchmarks/predictions.py",
+            "command": shlex.join(["python", *sys.argv]),
             "date": datetime.date.today().isoformat(),
             "machine": processor() | {"cores": os.cpu_count()},
             "versions": versions(),

@@ -26,7 +26,7 @@ from megallama.train.console import Console
 from megallama.train.guard import Guard
 from megallama.train.lease import Lease
 from megallama.train.meeting import Meeting
-from megallama.train.metrics import MetricsWriter
+from megallama.train.metrics import MetricsWriter, PatientWriter
 from megallama.train.profile import Profile
 from megallama.train.saver import Saver
 from megallama.train.signals import StopSignals
@@ -80,7 +80,7 @@ class Loop:
                 last was not, and it is saved beside the older checkpoints.
         """
         with ExitStack() as stack:
-            self.metrics: MetricsWriter | None = None
+            self.metrics: PatientWriter | None = None
             self.meeting.hold(lambda: self._open_metrics(stack))
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
@@ -279,20 +279,20 @@ class Loop:
         path = self.directory / "metrics.jsonl"
         if self.meeting.leads:
             with refuse_os_errors("write", path):
-                self.metrics = stack.enter_context(MetricsWriter(path))
+                writer = stack.enter_context(MetricsWriter(path))
+            self.metrics = PatientWriter(writer, self.console.message)
+            stack.callback(self.metrics.finish)
         return self._take_rows_back()
 
     def _take_rows_back(self) -> str:
         """Drop the rows of steps that are to be taken again."""
         if self.metrics:
-            with refuse_os_errors("write", self.metrics.path):
-                self.metrics.truncate_after(self.progress.step)
+            self.metrics.take_back(self.progress.step)
         return ""
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.metrics:
-            with refuse_os_errors("write", self.metrics.path):
-                self.metrics.write(row)
+            self.metrics.write(row)
 
     def _tracker(self) -> Tracker:
         config = self.config

@@ -18,15 +18,16 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megallama.config.schema import COUNT_LIMIT
-from megallama.errors import CorruptError
-from megallama.files import write_atomic
+from megallama.errors import CorruptError, UserError
+from megallama.files import refuse_os_errors, write_atomic
 
 Row = dict[str, Any]
 
@@ -37,14 +38,17 @@ class MetricsWriter:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._torn_at: int | None = None
         self._fd = self._open()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row. Raises OSError, with the file as it was, where the disk is full."""
         line = _encode(row)
+        self._mend()
         start = os.fstat(self._fd).st_size
         if os.write(self._fd, line) != len(line):
-            os.ftruncate(self._fd, start)
+            self._torn_at = start
+            self._mend()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def truncate_after(self, step: int) -> int:
@@ -81,10 +85,63 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
+    def _mend(self) -> None:
+        """Cut the part of a row that was written; a failing disk may refuse that for a while."""
+        if self._torn_at is not None:
+            os.ftruncate(self._fd, self._torn_at)
+            self._torn_at = None
+
     def _open(self) -> int:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         _mend_tail(fd)
         return fd
+
+
+class PatientWriter:
+    """Rows that wait in memory while the disk refuses them, so that a full one ends no run.
+
+    `say` is told once when rows begin to wait. A killed run loses those that do.
+    """
+
+    def __init__(self, writer: MetricsWriter, say: Callable[[str], None]) -> None:
+        self._writer, self._say = writer, say
+        self._waiting: deque[Row] = deque()
+        self._refused = False
+
+    def write(self, row: Row) -> None:
+        """Append a row after those that wait, or let it wait with them."""
+        self._waiting.append(row)
+        error = self._try()
+        if error and not self._refused:
+            self._say(f"{error}; its rows wait in memory")
+        self._refused = error is not None
+
+    def take_back(self, step: int) -> None:
+        """Drop every row of a later step than `step`.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._waiting = deque(row for row in self._waiting if row["step"] <= step)
+        with refuse_os_errors("write", self._writer.path):
+            self._writer.truncate_after(step)
+
+    def finish(self) -> None:
+        """Write what waits, or say what is lost."""
+        if error := self._try():
+            count, first = len(self._waiting), self._waiting[0]["step"]
+            self._say(f"{error}; {count} rows are lost, the first of step {first}")
+
+    def _try(self) -> UserError | None:
+        """Write what waits, in order, until the disk refuses one: that error."""
+        try:
+            with refuse_os_errors("write", self._writer.path):
+                while self._waiting:
+                    self._writer.write(self._waiting[0])
+                    self._waiting.popleft()
+        except UserError as error:
+            return error
+        return None
 
 
 def read_metrics(path: Path | str) -> list[Row]:

@@ -256,16 +256,39 @@ def test_a_step_whose_loss_is_not_finite_changes_no_weight(make_config: MakeConf
     assert trainer.optimizer.updates == 0
 
 
-def test_a_full_disk_for_metrics_is_one_line(
+def test_a_full_disk_for_metrics_does_not_end_the_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, real = make_config(), MetricsWriter.write
+
+    def full(writer: MetricsWriter, row: Row) -> None:
+        if step_rows(config):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(writer, row)
+
+    monkeypatch.setattr(MetricsWriter, "write", full)
+    assert train(config) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("No space left on device; its rows wait in memory") == 1
+    assert "8 rows are lost, the first of step 2" in out
+    assert [row["step"] for row in step_rows(config)] == [1]
+
+
+def test_rows_that_waited_for_the_disk_are_written(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(writer: MetricsWriter, row: Row) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    straight, config = make_config({"run.name": "straight"}), make_config()
+    assert train(straight) == 0
+    real = MetricsWriter.write
 
-    config = make_config()
+    def full(writer: MetricsWriter, row: Row) -> None:
+        if row["step"] == 2 and not committed_checkpoints(config.run.directory / "checkpoints"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(writer, row)
+
     monkeypatch.setattr(MetricsWriter, "write", full)
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: No space left on device"):
-        train(config)
+    assert train(config) == 0
+    assert losses(config.run.directory) == losses(straight.run.directory)
 
 
 def test_metrics_that_cannot_be_opened_are_one_line(make_config: MakeConfig) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from megallama.errors import CorruptError, LostError
 from megallama.train import metrics
-from megallama.train.metrics import MetricsWriter, read_metrics
+from megallama.train.metrics import MetricsWriter, PatientWriter, read_metrics
 
 
 @pytest.fixture
@@ -228,3 +228,67 @@ def test_a_killed_writer_leaves_whole_lines(path: Path) -> None:
     rows = read_metrics(path)
     assert len(rows) > 200
     assert [row["step"] for row in rows] == list(range(len(rows)))
+
+
+class FullDisk:
+    """A disk that takes whole rows again, or a few bytes of one, or nothing."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        self._write, self._cut = os.write, os.ftruncate
+        patch.setattr(metrics.os, "write", self.write)
+        patch.setattr(metrics.os, "ftruncate", self.cut)
+
+    def write(self, fd: int, data: bytes) -> int:
+        if self.room is None or fd < 3:
+            return self._write(fd, data)
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._write(fd, data[: self.room])
+
+    def cut(self, fd: int, size: int) -> None:
+        if self.room:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._cut(fd, size)
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_rows_wait_for_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Also where what a row left there cannot be cut off at once."""
+    disk, said = FullDisk(monkeypatch), list[str]()
+    with MetricsWriter(path) as writer:
+        rows = PatientWriter(writer, said.append)
+        for step in range(1, 9):
+            disk.room = room if step in (2, 3, 4, 6) else None
+            rows.write({"step": step})
+        rows.finish()
+    assert [row["step"] for row in read_metrics(path)] == list(range(1, 9))
+    assert len(said) == 2, "once each time that the disk is full"
+    assert all(s.startswith(f"cannot write {path}: ") and "rows wait" in s for s in said)
+
+
+def test_of_the_rows_that_wait_those_of_later_steps_are_taken_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch)
+    with MetricsWriter(path) as writer:
+        rows = PatientWriter(writer, lambda text: None)
+        for step in (1, 2, 3, 4):
+            disk.room = None if step == 1 else 0
+            rows.write({"step": step})
+        rows.take_back(2)
+        disk.room = None
+        rows.write({"step": 3, "again": True})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_rows_that_waited_in_vain_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, said = FullDisk(monkeypatch), list[str]()
+    with MetricsWriter(path) as writer:
+        rows = PatientWriter(writer, said.append)
+        disk.room = 0
+        rows.write({"step": 7})
+        rows.write({"step": 8})
+        rows.finish()
+    assert len(said) == 2
+    assert said[1].endswith("No space left on device; 2 rows are lost, the first of step 7")

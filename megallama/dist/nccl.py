@@ -51,6 +51,8 @@ class Issued(Generic[T]):
         try:
             for work in self._works:
                 work.wait()
+        except compat.AcceleratorError:  # this rank's own device: its machine is to be named
+            raise
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise LostError(f"a NCCL operation failed ({reason}); try again") from None

@@ -22,13 +22,12 @@ from megallama.spec.memory import held_bytes, rank_bytes
 from megallama.spec.savings import cheapest
 from megallama.spec.workspaces import Device
 from megallama.train.device import choose_device, peak_memory_bytes
+from megallama.train.failures import explained_loss, is_shortage
 from megallama.train.process import Process
 
 #: Share of the ledger's sum that a run may turn out not to need: measured, it is at most 5% above
 #: (fused schedules), so that what would just fit is never refused.
 SLACK = 0.06
-#: What an out-of-memory error is called by those that have no class for it.
-WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -129,7 +128,8 @@ def needed(config: Config, grid: Grid, room: Room) -> int:
 
 def refuse_too_large(config: Config, process: Process) -> str:
     """Refuse a run that cannot fit: the verdict, empty where the system names no memory."""
-    room = find_room(choose_device(config, process.local_rank), process)
+    with explained_loss(process):
+        room = find_room(choose_device(config, process.local_rank), process)
     return verdict(config, make_grid(config, process.size), room) if room else ""
 
 
@@ -160,16 +160,10 @@ def explained_shortage(config: Config, process: Process) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_shortage(error):
+        if not is_shortage(error):
             raise
         traceback.clear_frames(error.__traceback__)  # what they hold is needed for the answer
         raise ConfigError(_shortage(config, process, error)) from error
-
-
-def _is_shortage(error: BaseException) -> bool:
-    """Whether an allocation failed; PyTorch's CPU allocator raises a RuntimeError."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or any(words in str(error) for words in WORDS)
 
 
 def _shortage(config: Config, process: Process, error: BaseException) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from megallama.dist.compat import AcceleratorError, DistError
 from megallama.dist.watch import Wait, Watch
 from megallama.errors import CorruptError, LostError
+from megallama.train.failures import explained_loss
+from megallama.train.process import ALONE
 from megallama.train.replicas import Difference
 from megallama.train.slurm.attempt import Attempt, Health
 from megallama.train.slurm.cause import blamed, why
@@ -53,6 +57,7 @@ CAUSES = {
     "killed": (rest(69, 5) | {5: 137}, 137, "", 69),
     "killed, and a bug that follows": (rest(69, 5, 6) | {5: 139, 6: 1}, 139, "", 69),
     "aborted by NCCL": (rest(134), 134, "", 69),
+    "a GPU failed, and NCCL aborted the others": (rest(134, 5) | {5: 69}, 134, "", 69),
     "lost while asked": (rest(69), 69, "USR1", 69),
     "no word": ({}, 137, "", 69),
     "megallama is not there": (rest(127), 127, "", 127),
@@ -75,6 +80,13 @@ def verdict(peer: int) -> str:
     return str(watch.lose(LostError("", peer=peer), "data", failed=True))
 
 
+def failure(rank: int, error: RuntimeError) -> str:
+    """The real words of a rank that torch raised `error` on."""
+    with pytest.raises(LostError) as caught, explained_loss(replace(ALONE, rank=rank)):
+        raise error
+    return f"rank {rank}: {caught.value}"
+
+
 BLAME = {
     "named": (rest(69, 4), {0: verdict(4)}, ["c"]),
     "named, and it said nothing": (rest(69, 4, 5), {0: verdict(4)}, ["c"]),
@@ -89,6 +101,16 @@ BLAME = {
         {task: 69 for task in (0, 2, 4, 6)},
         {4: "rank 1 was killed by SIGKILL, maybe for want of memory: dmesg tells"},
         ["c"],
+    ),
+    "a failed GPU": (
+        rest(134, 5) | {5: 69},
+        {5: failure(5, AcceleratorError("CUDA error: uncorrectable ECC error encountered"))},
+        ["c"],
+    ),
+    "NCCL failed on one rank": (
+        rest(134, 5) | {5: 69},
+        {5: failure(5, DistError("NCCL error: unhandled system error"))},
+        [],
     ),
     "the network": (rest(69, 0, 1, 4, 5), {2: f"{verdict(0)}; {verdict(4)}"}, []),
     "SLURM ended the step": ({0: 69}, {}, []),

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from megallama.errors import EXIT_CONFIG, EXIT_LOST, ConfigError, UserError
 from megallama.train.meeting import Meeting
-from megallama.train.process import ALONE, Place, Process, connect, find_place
+from megallama.train.process import (
+    ALONE,
+    STORE_TIMEOUT,
+    Place,
+    Process,
+    connect,
+    find_place,
+)
+from megallama.train.pulse import Pulse
 from megallama.train.signals import StopSignals
 from megallama.train.supervisor import supervise
 
@@ -106,7 +114,9 @@ def _work_under_launcher(
         return ""
 
     try:
-        meeting.hold(prepare_here)
+        # A rank that never starts ends the others in minutes.
+        with Pulse(process, STORE_TIMEOUT.total_seconds()) as pulse:
+            Meeting(process, "launch", pulse).hold(prepare_here)
         code = work(prepared[0], process, stop)
     except UserError as error:
         first = process.store is None or _is_first(process.store, error)

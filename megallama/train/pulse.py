@@ -11,7 +11,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -92,8 +92,8 @@ class Pulse:
         while thread.is_alive():
             thread.join(LOOK)
             if thread.is_alive():
-                if watch.lost:
-                    raise watch.error(what)
+                if lost := watch.missing():
+                    raise watch.error(what, lost)
                 if time.monotonic() - self._answered > self.silence + LOOK:
                     raise LostError(
                         f"rank {self.rank}: the job's store, which rank 0 or the launcher hosts, "
@@ -121,7 +121,8 @@ class Pulse:
 class Watch:
     """Ranks that are waited for: their last signs, and when each came.
 
-    `lost`: those that are silent, with their last sign where they gave one.
+    `lost`: those that are silent, with their last sign where they gave one. Another dict each time
+    that it changes: another thread reads it.
     """
 
     def __init__(
@@ -154,12 +155,15 @@ class Watch:
     def heard_out(self, rank: int) -> None:
         """This one is not waited for any more."""
         self.ranks = [other for other in self.ranks if other != rank]
-        self.lost.pop(rank, None)
 
-    def error(self, what: str) -> LostError:
+    def missing(self) -> dict[int, Sign | None]:
+        """Those who are lost and did not come after all: the pulse's thread judges others later."""
+        return {rank: sign for rank, sign in self.lost.items() if rank in self.ranks}
+
+    def error(self, what: str, lost: Mapping[int, Sign | None]) -> LostError:
         """The error for those who are lost, the same words whoever finds it."""
-        found = "; ".join(self._line(rank, sign, what) for rank, sign in sorted(self.lost.items()))
-        error = LostError(f"{found}; try again", peer=min(self.lost), owed=what)
+        found = "; ".join(self._line(rank, sign, what) for rank, sign in sorted(lost.items()))
+        error = LostError(f"{found}; try again", peer=min(lost), owed=what)
         error.shared = True
         return error
 

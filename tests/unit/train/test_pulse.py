@@ -16,7 +16,7 @@ from megallama.errors import LostError
 from megallama.train import pulse as module
 from megallama.train.meeting import Meeting
 from megallama.train.process import ALONE, Process
-from megallama.train.pulse import Pulse, Watch, _key
+from megallama.train.pulse import Pulse, Sign, Watch, _key
 
 SIZE = 3
 
@@ -45,7 +45,7 @@ def test_the_limit_is_for_silence() -> None:
             sign(store, 2, int(clock.now), step=7)
         watch.look(store)
         assert list(watch.lost) == ([2] if clock.now > 18 else [])
-    error = watch.error("meeting m")
+    error = watch.error("meeting m", watch.lost)
     assert str(error) == (
         "rank 2 is lost (host h2): no sign of life for 10 s, and it is waited for (meeting m; last "
         "step 7); try again"
@@ -62,7 +62,7 @@ def test_who_gave_no_sign_yet_may_be_starting() -> None:
     for clock.now, lost in ((299.0, []), (301.0, [1])):
         watch.look(store)
         assert list(watch.lost) == lost
-    assert str(watch.error("m")).startswith("rank 1 is lost: it gave no sign of life")
+    assert str(watch.error("m", watch.lost)).startswith("rank 1 is lost: it gave no sign of life")
 
 
 def test_who_came_is_not_waited_for() -> None:
@@ -74,7 +74,38 @@ def test_who_came_is_not_waited_for() -> None:
     watch.heard_out(1)
     clock.now = 11.0
     watch.look(store)
-    assert list(watch.lost) == [2]
+    assert list(watch.missing()) == [2]
+    watch.heard_out(2)
+    assert watch.missing() == {}
+
+
+class Flickering(Watch):
+    """The pulse's thread finds rank 2 lost, and alive again as soon as anybody has looked."""
+
+    def __init__(self) -> None:
+        self._looks = 0
+        super().__init__([1, 2], 10.0)
+
+    @property
+    def lost(self) -> dict[int, Sign | None]:
+        self._looks += 1
+        return {2: None} if self._looks == 1 else {}
+
+    @lost.setter
+    def lost(self, lost: dict[int, Sign | None]) -> None:
+        pass
+
+
+def test_who_is_heard_of_again_while_it_is_given_up_is_named() -> None:
+    over = threading.Event()
+    waiting = threading.Thread(target=over.wait, daemon=True)
+    waiting.start()
+    try:
+        with pytest.raises(LostError, match="rank 2 is lost") as caught:
+            Pulse(ALONE, 10.0).outlast(waiting, Flickering(), "meeting m")
+        assert caught.value.peer == 2
+    finally:
+        over.set()
 
 
 def together(silence: float, body: Callable[[Meeting, Pulse], Any]) -> list[Any]:

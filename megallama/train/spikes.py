@@ -126,9 +126,10 @@ def regular(config: Config, finished: Sequence[Path]) -> list[Path]:
 
 def targets(config: Config, finished: Sequence[Path], step: int) -> list[Path]:
     """The checkpoints to go back to from `step`, the best first: the newest that is far enough
-    back, or else the oldest, for a run that has just gone back may have no more."""
+    back, or else the oldest, for a run that has just gone back may have no more. What lies ahead
+    was damaged when the run began again behind it, and takes no place."""
     assert config.train.spike is not None
-    found = regular(config, finished)
+    found = regular(config, [path for path in finished if _step(path) < step])
     far = [path for path in found if _step(path) <= step - config.train.spike.rewind]
     return far[::-1] or found
 

@@ -50,6 +50,8 @@ class Holder:
     interval: float
     renewals: int = 0
     time: float = 0.0
+    attempt: int = 0
+    """Of the job since its last restart, from 1 where our job script made it."""
 
     def __str__(self) -> str:
         job = f"job {self.job}, " if self.job else ""
@@ -57,7 +59,8 @@ class Holder:
 
     def replaces(self, other: Holder) -> bool:
         """Whether the launcher started this one because it had ended that one."""
-        return bool(self.job) and self.job == other.job and self.restarts > other.restarts
+        own, others = (self.restarts, self.attempt), (other.restarts, other.attempt)
+        return bool(self.job) and self.job == other.job and own > others
 
 
 def this_process(environ: Mapping[str, str], interval: float = INTERVAL) -> Holder:
@@ -71,7 +74,16 @@ def this_process(environ: Mapping[str, str], interval: float = INTERVAL) -> Hold
         job=environ.get("SLURM_JOB_ID", ""),
         restarts=int(environ.get("SLURM_RESTART_COUNT", "0") or 0),
         interval=interval,
+        attempt=_attempt(environ),
     )
+
+
+def _attempt(environ: Mapping[str, str]) -> int:
+    """The last number of ATTEMPT, the job script's `…/JOB.RESTARTS.NUMBER`; else 0."""
+    job, _, number = Path(environ.get("ATTEMPT", "")).name.rpartition(".")
+    job = job.rpartition(".")[0]
+    ours = bool(job) and job == environ.get("SLURM_JOB_ID") and number.isdecimal()
+    return int(number) if ours else 0
 
 
 class Lease:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -155,6 +155,46 @@ def test_a_requeued_job_follows_itself(
     said: list[str] = []
     held(leases, tmp_path, me(job=job, restarts=restarts), say=said.append)
     assert ("watching" in " ".join(said)) != taken
+
+
+@pytest.mark.parametrize(
+    "first, second, follows",
+    [
+        ("7.0.1", "7.0.2", True),
+        ("7.0.9", "7.0.10", True),
+        ("7.0.3", "7.1.1", True),
+        ("7.0.2", "7.0.2", False),
+        ("7.0.2", "7.0.1", False),
+        ("7.1.1", "7.0.2", False),
+        ("7.0.1", "8.0.2", False),
+    ],
+)
+def test_a_relaunch_in_the_same_allocation_follows_the_attempt_before(
+    tmp_path: Path, leases: ExitStack, first: str, second: str, follows: bool
+) -> None:
+    """Which may be alive: a process that waits for a dead disk cannot be killed."""
+
+    def holder(attempt: str) -> Holder:
+        job, restarts, _ = attempt.split(".")
+        environ = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": restarts}
+        return this_process({**environ, "ATTEMPT": f"/runs/slurm/{attempt}"}, 1000.0)
+
+    old = held(leases, tmp_path, holder(first))
+    new = Lease(tmp_path, holder(second))
+    if follows:
+        new.take()
+        leases.callback(new.release)
+    else:
+        with pytest.raises(ConfigError, match="writes there"):
+            new.take()
+    with pytest.raises(ConfigError) if follows else nullcontext():
+        old.check()
+
+
+@pytest.mark.parametrize("attempt", ["", "3", "/x/7.0.", "/x/7.0.x", "/x/8.0.3", "a.b.c"])
+def test_an_attempt_of_others_is_none(attempt: str) -> None:
+    assert this_process({"SLURM_JOB_ID": "7", "ATTEMPT": attempt}).attempt == 0
+    assert this_process({"ATTEMPT": attempt}).attempt == 0
 
 
 def test_it_is_renewed(tmp_path: Path, leases: ExitStack) -> None:

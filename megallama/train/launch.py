@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from megallama.errors import EXIT_CONFIG, EXIT_LOST, ConfigError, UserError
+from megallama.train.local_worker import LAST_WORDS
 from megallama.train.meeting import Meeting
 from megallama.train.process import (
     ALONE,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 #: How long a failing process waits for the store to say whether another one reported the same.
 ANSWER_SECONDS = 5.0
-#: How long a failing process that hosts the store waits for the others' last use of it.
-LAST_WORDS = timedelta(seconds=10)
 
 T = TypeVar("T")
 
@@ -59,7 +57,8 @@ def launch(
         raise ConfigError(f"--nproc {nproc}: at least 1 process is needed")
     place = find_place(os.environ)
     if place and nproc > 1 and place.hosted and place.local_size == 1:
-        return supervise(nproc, partial(_work_on_node, place, nproc, prepare, work))
+        on_node = partial(_work_on_node, place, nproc, prepare, work)
+        return supervise(nproc, on_node, first=place.rank * nproc)
     if place and nproc > 1:
         if place.local_rank:
             return EXIT_CONFIG  # one line a machine

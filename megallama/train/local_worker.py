@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,9 @@ from megallama.train.signals import CODES, StopSignals
 Work = Callable[[Process, StopSignals], int]
 
 LOCALHOST = "127.0.0.1"
+#: How long a failing process that hosts a job's store waits for the others' last use of it, before
+#: it says what happened.
+LAST_WORDS = timedelta(seconds=10)
 #: Characters of a report's text: the end of a longer one.
 REPORT_LENGTH = 16_000
 PR_SET_PDEATHSIG = 1
@@ -31,7 +35,7 @@ PR_SET_PDEATHSIG = 1
 class Failure:
     """A worker that did not end as it should."""
 
-    rank: int
+    rank: int  # in the job, once the supervisor has it; a worker counts those of its node
     code: int
     text: str
     #: `error` for a UserError, `traceback`, `interrupt`, `pipe`, `code` or a signal's name.
@@ -42,9 +46,11 @@ class Failure:
         """0: no peer can bring it about; 1: hardly; 2: it mostly follows from another failure.
 
         Survivors may report a lost peer before the system reports the peer's death, and
-        communication libraries abort when their peer is gone.
+        communication libraries abort when their peer is gone. Of the processes of several nodes
+        one says what all lost, and the others end with the code alone.
         """
-        if self.kind == "SIGABRT" or (self.kind == "error" and self.code == EXIT_LOST):
+        lost = self.kind in ("error", "code") and self.code == EXIT_LOST
+        if self.kind == "SIGABRT" or lost:
             return 2
         return 0 if self.kind.startswith("SIG") else 1
 

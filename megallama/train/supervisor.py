@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from megallama.errors import (
@@ -30,7 +31,7 @@ from megallama.errors import (
     UserError,
 )
 from megallama.files import refuse_os_errors
-from megallama.train.local_worker import REPORT_LENGTH, Failure, LocalWorker, Work
+from megallama.train.local_worker import LAST_WORDS, REPORT_LENGTH, Failure, LocalWorker, Work
 from megallama.train.signals import CODES, StopSignals
 
 #: Codes of a worker that ended as it should: the largest is the job's.
@@ -38,6 +39,10 @@ GOOD_CODES = (EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED)
 #: Seconds to wait after the first failure, by the weight of the likeliest cause so far. Who was
 #: killed said nothing of what it owed: its peers agree on that in little more than a second.
 PATIENCE = (2.0, 1.0, 5.0)
+#: The same while the likeliest cause is a code without a word, or a loss that rank 0 may explain:
+#: one process of a job on several nodes says the words of all that met the same, and it does so
+#: last where it hosts the store.
+UNSAID = LAST_WORDS.total_seconds() + 2
 #: Seconds to wait once all who are left were called lost by the others: for a worker that is
 #: stopped says nothing more, and one that failed says so soon.
 LEFT = 0.5
@@ -52,13 +57,15 @@ def supervise(
     work: Work,
     again: Callable[[LostError], Work | None] = lambda error: None,
     silence: float = math.inf,
+    first: int = 0,
 ) -> int:
     """Do `work` in `count` workers; return 0, or 130 or 75 if any was stopped by a signal.
 
     Where a worker raised something unexpected, its traceback is printed, and 1 returned. Where one
     was lost (69, or killed), `again` may give the work that new workers are to do; workers that
     were asked to stop are not replaced. A lone worker that is stopped (SIGSTOP) for `silence`
-    seconds is lost, as one among several is to the others.
+    seconds is lost, as one among several is to the others. `first`: the rank of the first worker in
+    the job, which may have workers on other nodes; failures are told by their ranks there.
 
     Raises:
         UserError: as the first failing worker raised it; the others were killed.
@@ -76,7 +83,7 @@ def supervise(
             with Inbox() as inbox, _folder() as folder:
                 if stop.code is not None:  # nothing has run since that would need saving
                     return stop.code
-                team = Team(inbox, silence if count == 1 else math.inf)
+                team = Team(inbox, silence if count == 1 else math.inf, first)
                 try:
                     team.start(count, work, Path(folder) / "store")
                     team.wait()
@@ -152,9 +159,9 @@ class Inbox:
 class Team:
     """The workers, and what became of them."""
 
-    def __init__(self, inbox: Inbox, silence: float = math.inf) -> None:
-        self.inbox, self.silence = inbox, silence
-        self.alive: dict[int, int] = {}  # process id → rank
+    def __init__(self, inbox: Inbox, silence: float = math.inf, first: int = 0) -> None:
+        self.inbox, self.silence, self.first = inbox, silence, first
+        self.alive: dict[int, int] = {}  # process id → rank in the job
         self.stopped: dict[int, float] = {}  # process id → since when
         self.code = EXIT_DONE
         self.failures: list[Failure] = []
@@ -181,7 +188,7 @@ class Team:
                         LocalWorker(rank, count, store, self.inbox.sender).live(work, parent)
                     finally:
                         os._exit(EXIT_FAILED)  # whatever happens, the stack is the parent's
-                self.alive[pid] = rank
+                self.alive[pid] = self.first + rank
                 with suppress(OSError):  # as the worker does: whoever comes first
                     os.setpgid(pid, pid)
         except OSError as error:
@@ -216,7 +223,12 @@ class Team:
             return {"hurry": HURRY}
         if not self.failures:
             return {}
-        limits = {"failure": PATIENCE[self._cause().weight]}
+        cause = self._cause()
+        silent = any(failure.kind == "code" for failure in self.failures)
+        hosted = 0 in self.alive.values() and cause.weight == 2
+        if cause.kind == "code" or (silent and hosted):
+            return {"unsaid": UNSAID}
+        limits = {"failure": PATIENCE[cause.weight]}
         lost = [failure.text for failure in self.failures if failure.code == EXIT_LOST]
         if all(any(f"rank {rank} is lost" in t for t in lost) for rank in self.alive.values()):
             limits["left"] = LEFT
@@ -259,7 +271,8 @@ class Team:
         flags = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
         ended = [os.waitpid(pid, flags) for pid in self.alive]
         # A worker reports before it ends: what those who ended had to say is here by now.
-        self.failures += self.inbox.reports()
+        for report in self.inbox.reports():
+            self.failures.append(replace(report, rank=self.first + report.rank))
         for pid, status in ended:
             if pid == 0:  # it still runs
                 continue
@@ -279,14 +292,16 @@ class Team:
 
     def _cause(self) -> Failure:
         """The first of the failures that hardly follow from another one."""
-        return min(self.failures, key=lambda failure: failure.weight)
+        return min(self.failures, key=lambda failure: (failure.weight, failure.kind == "code"))
 
     def _error(self, cause: Failure) -> UserError:
         """The cause as an error. It names its rank unless the ranks agree and rank 0 is of them."""
         similar = [failure for failure in self.failures if failure.weight == cause.weight]
         agreed = {failure.text for failure in similar} == {cause.text}
         shared = agreed and any(failure.rank == 0 for failure in similar)
-        prefix = "" if shared or cause.kind != "error" else f"rank {cause.rank}: "
+        prefix = f"rank {cause.rank}: "
+        if shared or cause.kind != "error" or cause.text.startswith(prefix):
+            prefix = ""
         kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
         kind = kinds.get(cause.code, UserError) if cause.kind == "error" else LostError
         verdicts = (

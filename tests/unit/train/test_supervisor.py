@@ -1,0 +1,84 @@
+"""Which failure the parent of local workers tells, and how long it waits for a likelier one."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from megallama.dist.watch import Wait, Watch
+from megallama.errors import EXIT_LOST, LostError, UserError
+from megallama.train.launch import LAST_WORDS
+from megallama.train.local_worker import Failure
+from megallama.train.supervisor import Inbox, Team, _killed
+
+#: The first rank of the sixth node.
+FIRST = 40
+
+
+def silent(rank: int, code: int) -> Failure:
+    return Failure(rank, code, f"rank {rank} ended with exit code {code}", "code")
+
+
+def verdict(rank: int, peer: int) -> str:
+    """The real words of a rank that lost another."""
+    watch = Watch(None, rank, timedelta(seconds=1))
+    watch._found = [Wait(0, peer, "to send x", "data", True)]
+    return str(watch.lose(LostError("", peer=peer), "data", failed=True))
+
+
+def told(*failures: Failure) -> UserError:
+    team = Team(Inbox(), first=FIRST)
+    team.failures += failures
+    with pytest.raises(UserError) as caught:
+        team.outcome()
+    return caught.value
+
+
+@pytest.mark.parametrize("code", [1, 65, 69, 78])
+def test_the_words_of_one_worker_outweigh_the_codes_of_the_others(code: int) -> None:
+    words = f"rank 43: {verdict(43, 12)}" if code == EXIT_LOST else "rank 43: k=1 is damaged"
+    said = Failure(43, code, words, "error")
+    for failures in ([silent(41, code), said], [said, silent(41, code)]):
+        error = told(*failures)
+        assert (str(error), error.exit_code) == (words, code)
+
+
+def test_a_code_that_no_loss_explains_outweighs_the_words_of_a_loss() -> None:
+    error = told(Failure(43, EXIT_LOST, verdict(43, 12), "error"), silent(41, 65))
+    assert (str(error), error.exit_code) == ("rank 41 ended with exit code 65", 65)
+
+
+def test_the_verdict_on_a_killed_worker_is_told_with_its_rank_in_the_job() -> None:
+    said = Failure(42, EXIT_LOST, verdict(42, 43), "error")
+    assert "rank 43 is lost" in said.text
+    assert str(told(said, silent(41, EXIT_LOST), _killed(43, 9))) == (
+        f"rank 43 was killed by SIGKILL, maybe for want of memory: dmesg tells; {said.text}"
+    )
+
+
+def test_words_are_waited_for_as_long_as_the_host_of_the_store_keeps_them() -> None:
+    team = Team(Inbox(), first=FIRST)
+    team.alive = {1000: 40, 1001: 43}
+    team.failures = [silent(41, EXIT_LOST), silent(42, EXIT_LOST)]
+    assert min(team._limits().values()) > LAST_WORDS.total_seconds()
+    team.failures.append(Failure(43, EXIT_LOST, verdict(43, 40), "error"))
+    assert min(team._limits().values()) < LAST_WORDS.total_seconds()
+
+
+def test_the_host_of_the_store_may_yet_say_why_the_others_lost_it() -> None:
+    team = Team(Inbox())
+    team.alive = {1000: 0}
+    team.failures = [silent(1, EXIT_LOST), Failure(2, EXIT_LOST, verdict(2, 0), "error")]
+    assert min(team._limits().values()) > LAST_WORDS.total_seconds()
+    team.failures.append(_killed(3, 9))
+    assert min(team._limits().values()) < LAST_WORDS.total_seconds()
+
+
+def test_who_is_left_is_known_by_its_rank_in_the_job() -> None:
+    team = Team(Inbox(), first=FIRST)
+    team.failures = [Failure(43, EXIT_LOST, verdict(43, 40), "error")]
+    team.alive = {1000: 40}
+    hurried = min(team._limits().values())
+    team.alive = {1000: 41}
+    assert hurried < min(team._limits().values())

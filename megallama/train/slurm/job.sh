@@ -43,7 +43,19 @@ run() { # a command, to its end: a signal ends a `wait` early
     step=
     return $code
 }
-allocated() { scontrol show hostnames "$(squeue -h -j "$SLURM_JOB_ID" -o %N)" | paste -sd,; }
+allocated() { # without SLURM's controller: what it said at the start
+    local nodes
+    nodes=$(squeue -h -j "$SLURM_JOB_ID" -o %N 2>/dev/null)
+    scontrol show hostnames "${nodes:-$SLURM_JOB_NODELIST}" | paste -sd,
+}
+try() { # a command that needs SLURM's controller, which may be away for minutes
+    local count
+    for ((count = 1; ; count++)); do
+        "$@" && return
+        ((count < 16)) || return 1
+        sleep 20
+    done
+}
 decide() { # megallama launch choose|after …: one line, the action
     "${megallama[@]}" launch "$1" "$attempt" --nodes @nodes@ --allocated "$(allocated)" \
         --asked "$asked" --state "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" "${@:2}"
@@ -90,10 +102,11 @@ for ((number = 1; ; number++)); do
     requeue)
         # SLURM ends this script while it is at it. Only a job that waits takes other nodes.
         trap '' TERM
-        old=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')
-        scontrol requeue "$SLURM_JOB_ID" || exit 75
+        old=$(try scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')
+        try scontrol requeue "$SLURM_JOB_ID" ||
+            { echo "job: cannot be requeued; scontrol requeue $SLURM_JOB_ID" >&2; exit 75; }
         [ -z "$detail" ] ||
-            scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${old:+$old,}$detail"
+            try scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${old:+$old,}$detail"
         exit 75
         ;;
     stop) exit "$detail" ;;

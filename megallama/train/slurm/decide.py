@@ -70,10 +70,12 @@ def choose(attempt: Attempt, job: Job, history: History, clock: tuple[float, flo
         silent = [node for node in candidates if node not in answered]
         faults |= {node: ["does not answer"] for node in silent}
     bad = [node for node, found in faults.items() if found]
-    words = [f"{node}: {'; '.join(faults[node])}" for node in bad]
+    words = [_known(node, history) for node in job.allocated if node not in candidates]
+    found = [f"{node}: {'; '.join(faults[node])}" for node in bad]
     if len(bad) <= max(1, len(candidates) // 2):  # more of them have one cause that is elsewhere
         history.blame(bad)
-        words = [f"{line}; left out" for line in words]
+        found = [f"{line}; left out" for line in found]
+    words += found
     healthy = [n for n in answered if n not in bad and attempt.health[n].finished]
     if len(healthy) >= job.wanted:
         return f"train {','.join(healthy[: job.wanted])}", "\n".join(words)
@@ -113,7 +115,13 @@ def _requeue(history: History, reason: str) -> Decision:
             f"job: {reason}; no checkpoint newer than {history.newest or 'the start'} in "
             f"{MOST_ALLOCATIONS} allocations: given up; see the logs, and submit it again"
         )
-    return f"requeue {','.join(history.bad)}".strip(), f"job: {reason}; back to the queue"
+    return f"requeue {','.join(history.left_out)}".strip(), f"job: {reason}; back to the queue"
+
+
+def _known(node: str, history: History) -> str:
+    count = history.failures.get(node, 0)
+    times = "once" if count == 1 else f"{count} times"
+    return f"{node}: failed {times} before; left out (history.json)"
 
 
 def _floor(all_health: Sequence[Health]) -> float:

@@ -211,6 +211,19 @@ def test_another_job_begins_anew_but_knows_nodes_that_failed_often(tmp_path: Pat
     assert (history.allocations, history.attempts, history.left_out) == (1, 1, ["b"])
 
 
+def test_nodes_that_failed_often_are_named_and_asked_of_slurm_no_more(attempt: Attempt) -> None:
+    for node in "ac":
+        health(attempt, x=well(node))
+    history = begun(attempt)
+    history.failures, history.bad = {"b": 3, "d": 1}, ["d"]
+    action, words = choose(attempt, job(wanted=3), history, (99, 101))
+    assert action == "requeue b,d"
+    assert words.splitlines()[:2] == [
+        "b: failed 3 times before; left out (history.json)",
+        "d: failed once before; left out (history.json)",
+    ]
+
+
 def health(attempt: Attempt, **found: Health) -> None:
     for node in found.values():
         node.write(attempt.folder / "health")

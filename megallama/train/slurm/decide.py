@@ -22,7 +22,10 @@ GOING_ON = ("RUNNING", "SUSPENDED", "")
 SKEW = 10.0
 #: A node's GPUs reduce at this share of the median node's speed at least.
 SLOWEST = 0.8
-
+#: Where this share of the nodes finished its look, who did not hangs. A dead node makes SLURM end
+#: the looks of others.
+MOST = 7 / 8
+UNFINISHED = "did not finish looking at itself"
 
 Decision = tuple[str, str]
 
@@ -69,13 +72,17 @@ def choose(attempt: Attempt, job: Job, history: History, clock: tuple[float, flo
     if answered:
         silent = [node for node in candidates if node not in answered]
         faults |= {node: ["does not answer"] for node in silent}
+    unfinished = [node for node in answered if not attempt.health[node].finished]
+    if len(answered) - len(unfinished) >= MOST * len(candidates):
+        for node in unfinished:
+            faults[node].append(UNFINISHED)
     bad = [node for node, found in faults.items() if found]
     words = [_known(node, history) for node in job.allocated if node not in candidates]
     found = [f"{node}: {'; '.join(faults[node])}" for node in bad]
     if len(bad) <= max(1, len(candidates) // 2):  # more of them have one cause that is elsewhere
         history.blame(bad)
         found = [f"{line}; left out" for line in found]
-    words += found
+    words += found + [f"{node}: {UNFINISHED}" for node in unfinished if node not in bad]
     healthy = [n for n in answered if n not in bad and attempt.health[n].finished]
     if len(healthy) >= job.wanted:
         return f"train {','.join(healthy[: job.wanted])}", "\n".join(words)

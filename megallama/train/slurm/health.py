@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -75,7 +76,10 @@ def _disk_faults(folder: Path) -> Iterator[str]:
 def _gpu_faults(gpus: int) -> Iterator[str]:
     try:
         listed = _nvidia_smi(["--list-gpus"])
-    except (OSError, subprocess.SubprocessError) as error:
+    except subprocess.TimeoutExpired:
+        yield "nvidia-smi hangs"
+        return
+    except (OSError, subprocess.CalledProcessError) as error:
         yield f"nvidia-smi fails ({_reason(error)})"
         return
     found = sum(line.startswith("GPU ") for line in listed)
@@ -84,8 +88,11 @@ def _gpu_faults(gpus: int) -> Iterator[str]:
     for field, (well, wrong) in FIELDS.items():
         try:
             values = _nvidia_smi([f"--query-gpu={field}", "--format=csv,noheader,nounits"])
-        except (OSError, subprocess.SubprocessError):  # this driver has no such field
+        except subprocess.CalledProcessError:  # this driver has no such field
             continue
+        except subprocess.TimeoutExpired:
+            yield f"nvidia-smi hangs on {field}"
+            return
         for index, value in enumerate(values):
             if not re.fullmatch(well, value) and not UNKNOWN.fullmatch(value):
                 yield f"GPU {index} {wrong.format(value)}"
@@ -97,10 +104,27 @@ def _nvidia_smi(words: Sequence[str]) -> list[str]:
     Raises:
         SubprocessError: it fails, or does not end.
     """
-    done = subprocess.run(
-        ["nvidia-smi", *words], capture_output=True, text=True, timeout=PATIENCE, check=True
-    )
+    done = _run(["nvidia-smi", *words], PATIENCE)
+    done.check_returncode()
     return [line.strip() for line in done.stdout.splitlines()]
+
+
+def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """What a process leaves. One that hangs in a driver cannot be killed, so, unlike
+    `subprocess.run`, this does not wait for its end.
+
+    Raises:
+        TimeoutExpired: it did not end in time.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    try:
+        output, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        threading.Thread(target=process.communicate, daemon=True).start()  # collects it, if it ends
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, error)
 
 
 def _bandwidth() -> tuple[float | None, str]:
@@ -110,7 +134,7 @@ def _bandwidth() -> tuple[float | None, str]:
     """
     command = [sys.executable, "-m", "megallama.train.slurm.bandwidth"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NCCL_PATIENCE)
+        done = _run(command, NCCL_PATIENCE)
     except subprocess.TimeoutExpired:
         return None, f"its GPUs do not reduce within {NCCL_PATIENCE:.0f} s"
     except OSError as error:
@@ -122,7 +146,7 @@ def _bandwidth() -> tuple[float | None, str]:
     return (float(text) if text else None), ""
 
 
-def _reason(error: OSError | subprocess.SubprocessError) -> str:
+def _reason(error: OSError | subprocess.CalledProcessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         lines = (error.stdout + error.stderr).strip().splitlines()
         return lines[-1] if lines else f"exit code {error.returncode}"

@@ -275,6 +275,26 @@ def test_an_unfinished_node_is_asked_again_and_not_blamed(attempt: Attempt) -> N
     assert history.bad == ["d"]
 
 
+def test_a_node_that_alone_does_not_finish_is_at_fault(attempt: Attempt) -> None:
+    nodes = "abcdefgh"
+    for node in nodes:
+        health(attempt, x=well(node, finished=node != "h"))
+    history = begun(attempt)
+    action, words = choose(attempt, job(wanted=7, allocated=nodes), history, (99, 101))
+    assert (action, history.bad) == ("train a,b,c,d,e,f,g", ["h"])
+    assert words == "h: did not finish looking at itself; left out"
+
+
+def test_nodes_that_do_not_finish_are_named(attempt: Attempt) -> None:
+    nodes = "abcdefgh"
+    for node in nodes:
+        health(attempt, x=well(node, finished=node < "g"))
+    history = begun(attempt)
+    action, words = choose(attempt, job(wanted=6, allocated=nodes), history, (99, 101))
+    assert (action, history.bad) == ("train a,b,c,d,e,f", [])
+    assert words.splitlines() == [f"{node}: did not finish looking at itself" for node in "gh"]
+
+
 def test_what_all_nodes_lack_is_no_node_s_fault(attempt: Attempt) -> None:
     for node in NODES:
         health(attempt, x=well(node, faults=("cannot write",)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,10 @@ WELL = {
 }
 
 STAND_IN = f"""#!{sys.executable}
-import json, sys
+import json, sys, time
 values = json.load(open(sys.argv[0] + ".json"))
+if "hangs" in values and values["hangs"] in sys.argv[1]:
+    time.sleep(60)
 if sys.argv[1] == "--list-gpus":
     for index in range(values["gpus"]):
         print(f"GPU {{index}}: NVIDIA A100 (UUID: GPU-{{index}})")
@@ -90,6 +94,30 @@ def test_a_bad_gpu_is_named(node: Node, values: dict[str, object], words: str) -
     assert len(found.faults) == 1
     assert found.faults[0].startswith(words)
     assert found.bandwidth is None, "GPUs known to be bad are not put to work"
+
+
+HANGS = {"at all": ("--list-gpus", ""), "on a field": ("retired", " on retired_pages.pending")}
+
+
+@pytest.mark.parametrize("word, words", HANGS.values(), ids=HANGS)
+def test_a_driver_that_hangs_is_named_and_not_waited_for(
+    word: str, words: str, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be killed."""
+    node.gpus(hangs=word)
+    run, kill, hung = health._run, subprocess.Popen.kill, list[subprocess.Popen[str]]()
+
+    def patience(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        return run(command, 0.1 if word in command[1] else seconds)
+
+    monkeypatch.setattr(health, "_run", patience)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: hung.append(process))
+    found = node.examine(2)
+    (process,) = hung
+    still = process.poll() is None
+    kill(process)
+    assert found.faults == (f"nvidia-smi hangs{words}",)
+    assert still
 
 
 def test_without_nvidia_smi_disks_alone_are_looked_at(node: Node) -> None:

@@ -126,7 +126,7 @@ def _usable(args: argparse.Namespace) -> int:
     from megallama.train.slurm.history import newest_checkpoint, read_history
 
     attempt, work = Attempt(args.attempt), args.attempt.parent
-    history = read_history(work)
+    history = read_history(work, attempt.job)
     history.begin(attempt, newest_checkpoint(work))
     history.write(work)
     attempt.begin()
@@ -174,18 +174,21 @@ def _decide(args: argparse.Namespace, decide: Callable[[Attempt, Job, History], 
     """Print the action for the script, and what to say of it to the job's log."""
     import sys
 
-    from megallama.errors import EXIT_DONE
+    from megallama.errors import EXIT_DONE, ConfigError
     from megallama.train.slurm.attempt import Attempt
     from megallama.train.slurm.decide import Job
     from megallama.train.slurm.history import newest_checkpoint, read_history
 
-    work = args.attempt.parent
-    history = read_history(work)
+    attempt, work = Attempt(args.attempt), args.attempt.parent
+    history = read_history(work, attempt.job)
     history.see(newest_checkpoint(work))
     job = Job(args.nodes, args.allocated.split(","), args.asked, args.state)
-    action, words = decide(Attempt(args.attempt), job, history)
-    history.write(work)
+    action, words = decide(attempt, job, history)
     if words:
         print(words, file=sys.stderr)
+    try:
+        history.write(work)
+    except ConfigError as error:  # the next attempt begins with another try, or ends the job
+        print(f"job: {error}; forgets this attempt", file=sys.stderr)
     print(action)
     return EXIT_DONE

@@ -47,10 +47,6 @@ class Job:
         """Whether SLURM ends the job and decides itself what becomes of it."""
         return self.asked == "TERM" or self.state not in GOING_ON
 
-    @property
-    def ending(self) -> Decision:
-        return f"stop {EXIT_STOPPED}", f"job: SLURM ends it (state {self.state or 'unknown'})"
-
     def candidates(self, history: History) -> list[str]:
         """The allocated nodes that may train."""
         return [node for node in self.allocated if not history.leaves_out(node)]
@@ -62,7 +58,7 @@ def choose(attempt: Attempt, job: Job, history: History, clock: tuple[float, flo
     `clock`: between which times, by the script's node, the nodes were asked.
     """
     if job.ends:
-        return job.ending
+        return _ending(history, job)
     if job.asked:
         return _requeue(history, "the time limit is near")
     candidates = job.candidates(history)
@@ -95,7 +91,7 @@ def after(attempt: Attempt, job: Job, history: History, code: int, ranks_per_nod
     cause = why(attempt, code, job.asked)
     words = [f"task {task}: {text}" for task, text in list(attempt.errors.items())[:5]]
     if job.ends:
-        return job.ending
+        return _ending(history, job)
     if cause not in (EXIT_STOPPED, EXIT_LOST):
         return f"stop {cause}", "\n".join([*words, f"job: ends with {cause}"])
     if cause == EXIT_STOPPED:
@@ -107,11 +103,16 @@ def after(attempt: Attempt, job: Job, history: History, code: int, ranks_per_nod
     return action, "\n".join([*words, last])
 
 
+def _ending(history: History, job: Job) -> Decision:
+    history.forgive_allocation()
+    return f"stop {EXIT_STOPPED}", f"job: SLURM ends it (state {job.state or 'unknown'})"
+
+
 def _again(history: History, job: Job, reason: str) -> Decision:
     """Another attempt here where there are nodes and time for it, or else in another allocation."""
     possible = len(job.candidates(history)) >= job.wanted and not job.asked
     if possible and history.may_relaunch:
-        count = f"{history.attempts} of {MOST_ATTEMPTS} without a newer checkpoint"
+        count = f"{history.counts.attempts} of {MOST_ATTEMPTS} without a newer checkpoint"
         return "relaunch", f"job: {reason}; starting again ({count})"
     return _requeue(history, reason)
 
@@ -119,7 +120,7 @@ def _again(history: History, job: Job, reason: str) -> Decision:
 def _requeue(history: History, reason: str) -> Decision:
     if not history.may_requeue:
         return f"stop {EXIT_LOST}", (
-            f"job: {reason}; no checkpoint newer than {history.newest or 'the start'} in "
+            f"job: {reason}; no checkpoint newer than {history.newest.name or 'the start'} in "
             f"{MOST_ALLOCATIONS} allocations: given up; see the logs, and submit it again"
         )
     return f"requeue {','.join(history.left_out)}".strip(), f"job: {reason}; back to the queue"

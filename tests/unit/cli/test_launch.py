@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from megallama.cli.main import main
+from megallama.errors import ConfigError
+from megallama.train.slurm import history
 from tests.conftest import ConfigFile
 
 Captured = pytest.CaptureFixture[str]
@@ -212,6 +214,23 @@ def test_what_the_script_calls(
     second = attempt(2)
     assert said("usable", second, "--allocated", "n1,n2,n3") == "n1,n3"
     assert said("after", second, *job, "--code", 0, "--ranks-per-node", 1) == "stop 0"
+
+
+def test_an_action_is_said_where_the_history_cannot_be_written(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs/it/slurm/7.0.1"
+    (folder / "health").mkdir(parents=True)
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise ConfigError(f"{path}: cannot be written")
+
+    monkeypatch.setattr(history, "write_atomic", refuse)
+    job = ["--allocated", "n1", "--nodes", 1, "--state", "RUNNING"]
+    assert launch("choose", folder, *job) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "relaunch\n"
+    assert "history.json: cannot be written" in shown.err
 
 
 LOCAL = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from megallama.train.replicas import Difference
 from megallama.train.slurm.attempt import Attempt, Health
 from megallama.train.slurm.cause import blamed, why
 from megallama.train.slurm.decide import Job, after, choose
-from megallama.train.slurm.history import History, newest_checkpoint, read_history
+from megallama.train.slurm.history import MOST_JOBS, History, Saved, newest_checkpoint, read_history
 
 NODES = ("a", "b", "c", "d")
 ERROR = "megallama: error: "
@@ -136,9 +137,9 @@ def job(wanted: int = 4, allocated: str = "abcd", asked: str = "", state: str = 
     return Job(wanted, list(allocated), asked, state)
 
 
-def begun(attempt: Attempt, newest: str = "") -> History:
+def begun(attempt: Attempt) -> History:
     history = History()
-    history.begin(attempt, newest)
+    history.begin(attempt, Saved())
     return history
 
 
@@ -194,7 +195,7 @@ def test_crash_loops_end(tmp_path: Path) -> None:
             folder = tmp_path / f"7.{allocation}.{number}"
             (folder / "started").mkdir(parents=True)
             attempt = Attempt(folder)
-            history.begin(attempt, "step-2" if allocation > 1 else "step-1")
+            history.begin(attempt, Saved(2 if allocation > 1 else 1))
             actions.append(after(attempt, job(), history, 137, 2)[0])
             if actions[-1] != "relaunch":
                 break
@@ -205,17 +206,48 @@ def test_crash_loops_end(tmp_path: Path) -> None:
 
 
 def test_another_job_begins_anew_but_knows_nodes_that_failed_often(tmp_path: Path) -> None:
-    history = History(job="7", allocations=5, attempts=3, bad=["a"], failures={"a": 1, "b": 3})
+    history = History(failures={"b": 3})
+    for restarts in range(5):
+        history.begin(Attempt(tmp_path / f"7.{restarts}.1"), Saved())
+    history.blame(["a"])
     assert history.left_out == ["a", "b"]
-    history.begin(Attempt(tmp_path / "8.0.1"), "")
-    assert (history.allocations, history.attempts, history.left_out) == (1, 1, ["b"])
+    assert not history.may_requeue
+    history.begin(Attempt(tmp_path / "8.0.1"), Saved())
+    assert history.left_out == ["b"]
+    assert history.may_requeue
+    for number in range(8, 7 + MOST_JOBS):
+        history.begin(Attempt(tmp_path / f"{number}.0.1"), Saved())
+    history.begin(Attempt(tmp_path / "7.4.2"), Saved())
+    assert history.left_out == ["a", "b"], "other jobs wipe nothing"
+    assert not history.may_requeue
+    assert len(history.jobs) == MOST_JOBS
+
+
+@pytest.mark.parametrize("ending", [job(asked="TERM"), job(state="COMPLETING")], ids=str)
+@pytest.mark.parametrize("begins", [False, True])
+def test_an_allocation_that_slurm_took_away_is_no_failed_one(
+    begins: bool, ending: Job, tmp_path: Path
+) -> None:
+    history = History()
+    for restarts in range(6):
+        (tmp_path / f"7.{restarts}.1/started").mkdir(parents=True)
+        attempt = Attempt(tmp_path / f"7.{restarts}.1")
+        history.begin(attempt, Saved())
+        if restarts == 5:
+            break
+        if begins:
+            choose(attempt, ending, history, (0, 0))
+        else:
+            after(attempt, ending, history, 143, 2)
+    assert after(attempt, job(asked="USR1"), history, 69, 2)[0] == "requeue"
 
 
 def test_nodes_that_failed_often_are_named_and_asked_of_slurm_no_more(attempt: Attempt) -> None:
     for node in "ac":
         health(attempt, x=well(node))
     history = begun(attempt)
-    history.failures, history.bad = {"b": 3, "d": 1}, ["d"]
+    history.failures = {"b": 3}
+    history.blame(["d"])
     action, words = choose(attempt, job(wanted=3), history, (99, 101))
     assert action == "requeue b,d"
     assert words.splitlines()[:2] == [
@@ -253,7 +285,7 @@ def test_an_unwell_node_is_named_and_left_out(
         health(attempt, x=node)
     clock = (100.0, 100.0)
     action, said = choose(attempt, job(wanted=3), history, clock)
-    assert (action, history.bad) == ("train a,c,d", ["b"])
+    assert (action, history.counts.bad) == ("train a,c,d", ["b"])
     assert said == f"{words}; left out"
     action, _ = choose(attempt, job(wanted=4), history, clock)
     assert action == "requeue b"
@@ -272,7 +304,7 @@ def test_an_unfinished_node_is_asked_again_and_not_blamed(attempt: Attempt) -> N
         health(attempt, x=well(node, finished=False))
     history = begun(attempt)
     assert choose(attempt, job(wanted=3), history, (99, 101))[0] == "relaunch"
-    assert history.bad == ["d"]
+    assert history.counts.bad == ["d"]
 
 
 def test_a_node_that_alone_does_not_finish_is_at_fault(attempt: Attempt) -> None:
@@ -281,7 +313,7 @@ def test_a_node_that_alone_does_not_finish_is_at_fault(attempt: Attempt) -> None
         health(attempt, x=well(node, finished=node != "h"))
     history = begun(attempt)
     action, words = choose(attempt, job(wanted=7, allocated=nodes), history, (99, 101))
-    assert (action, history.bad) == ("train a,b,c,d,e,f,g", ["h"])
+    assert (action, history.counts.bad) == ("train a,b,c,d,e,f,g", ["h"])
     assert words == "h: did not finish looking at itself; left out"
 
 
@@ -291,7 +323,7 @@ def test_nodes_that_do_not_finish_are_named(attempt: Attempt) -> None:
         health(attempt, x=well(node, finished=node < "g"))
     history = begun(attempt)
     action, words = choose(attempt, job(wanted=6, allocated=nodes), history, (99, 101))
-    assert (action, history.bad) == ("train a,b,c,d,e,f", [])
+    assert (action, history.counts.bad) == ("train a,b,c,d,e,f", [])
     assert words.splitlines() == [f"{node}: did not finish looking at itself" for node in "gh"]
 
 
@@ -300,35 +332,59 @@ def test_what_all_nodes_lack_is_no_node_s_fault(attempt: Attempt) -> None:
         health(attempt, x=well(node, faults=("cannot write",)))
     history = begun(attempt)
     assert choose(attempt, job(), history, (99, 101))[0] == "relaunch"
-    assert history.bad == []
+    assert history.counts.bad == []
 
 
 def test_few_answers_say_nothing_of_the_silent(attempt: Attempt) -> None:
     health(attempt, x=well("a"))
     history = begun(attempt)
     action, words = choose(attempt, job(), history, (99, 101))
-    assert (action, history.bad) == ("relaunch", [])
+    assert (action, history.counts.bad) == ("relaunch", [])
     assert "b: does not answer\n" in words
 
 
 def test_the_history_outlives_the_job(tmp_path: Path) -> None:
-    history = read_history(tmp_path)
-    assert history == History()
-    history.begin(Attempt(tmp_path / "7.2.1"), "step-00000005")
+    history = read_history(tmp_path, "7")
+    assert history == History("7")
+    history.begin(Attempt(tmp_path / "7.2.1"), Saved(3, "step-00000005"))
     history.blame(["a"])
     history.write(tmp_path)
-    assert read_history(tmp_path) == history
-    (tmp_path / "history.json").write_text('{"job": ')
-    with pytest.raises(CorruptError, match="remove it"):
-        read_history(tmp_path)
+    assert read_history(tmp_path, "7") == history
+    for torn in ('{"job": ', '{"job": "7"}', "[]", '{"newest": [], "jobs": []}'):
+        (tmp_path / "history.json").write_text(torn)
+        with pytest.raises(CorruptError, match="remove it"):
+            read_history(tmp_path, "7")
 
 
 def test_a_checkpoint_without_its_manifest_is_none(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "slurm") == ""
-    for step in (5, 10):
-        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
-    (tmp_path / "checkpoints/step-00000005/manifest.json").touch()
-    assert newest_checkpoint(tmp_path / "slurm") == "step-00000005"
+    assert newest_checkpoint(tmp_path / "slurm") == Saved()
+    (tmp_path / "checkpoints/step-00000010").mkdir(parents=True)
+    save(tmp_path, 5, time=1)
+    assert newest_checkpoint(tmp_path / "slurm") == Saved(1, "step-00000005")
+
+
+def save(run: Path, step: int, time: int) -> Path:
+    manifest = run / f"checkpoints/step-{step:08d}/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    os.utime(manifest, ns=(time, time))
+    return manifest
+
+
+def test_progress_is_what_was_written_later(tmp_path: Path) -> None:
+    def attempts() -> int:
+        history.begin(Attempt(tmp_path / "7.0.1"), newest_checkpoint(tmp_path / "slurm"))
+        return history.counts.attempts
+
+    history = History()
+    save(tmp_path, 900, time=1)
+    damaged = save(tmp_path, 1000, time=2)
+    assert [attempts(), attempts()] == [1, 2]
+    save(tmp_path, 910, time=3)
+    assert [attempts(), attempts()] == [1, 2], "the run went on from step 900"
+    damaged.unlink()
+    (tmp_path / "checkpoints/step-00000910/manifest.json").unlink()
+    assert attempts() == 3, "less is no progress"
 
 
 def test_torn_files_say_nothing(attempt: Attempt) -> None:

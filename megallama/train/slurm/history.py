@@ -34,6 +34,9 @@ class Saved(NamedTuple):
     name: str = ""
 
 
+NOTHING = Saved()
+
+
 @dataclass
 class Counts:
     """Of one job, since the newest checkpoint; `bad`: the nodes that failed in it."""
@@ -49,7 +52,7 @@ class History:
     """What each of the last jobs counted, and nodes that failed. `job`: the one that asks."""
 
     job: str = ""
-    newest: Saved = Saved()
+    newest: Saved = NOTHING
     #: Node → how often it failed, over all jobs. Remove a node's line once it is repaired.
     failures: dict[str, int] = field(default_factory=dict)
     #: Job → its counts; the one that began last is the last.
@@ -137,7 +140,7 @@ def read_history(work: Path, job: str) -> History:
 
 def newest_checkpoint(work: Path) -> Saved:
     """The checkpoint of the run that was written last. Imports no torch: seconds count."""
-    found = Saved()
+    found = NOTHING
     for manifest in (work.parent / "checkpoints").glob(f"step-*/{MANIFEST}"):
         with suppress(OSError):  # it was deleted just now
             found = max(found, Saved(manifest.stat().st_mtime_ns, manifest.parent.name))

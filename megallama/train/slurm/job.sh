@@ -60,6 +60,7 @@ decide() { # megallama launch choose|after …: one line, the action
     "${megallama[@]}" launch "$1" "$attempt" --nodes @nodes@ --allocated "$(allocated)" \
         --asked "$asked" --state "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" "${@:2}"
 }
+steps() { squeue -h -s -j "$SLURM_JOB_ID" -o %i | grep '\.[0-9]*$'; }
 address() { scontrol show node "$1" -o | sed 's/.* NodeAddr=\([^ ]*\).*/\1/'; }
 # Each task runs in a shell that outlives it, to write how it ended. SLURM signals both.
 task='trap : USR1 TERM INT
@@ -96,8 +97,12 @@ for ((number = 1; ; number++)); do
     fi
     read -r verb detail <<<"$action"
     case $verb in
-    relaunch) # without what may be left of this attempt's tasks
-        squeue -h -s -j "$SLURM_JOB_ID" -o %i | grep '\.[0-9]*$' | xargs -r scancel
+    relaunch) # once nothing is left of this attempt's tasks: they hold their GPUs' memory
+        steps | xargs -r scancel --signal=KILL
+        for ((look = 0; look < 30; look++)); do # a step that lost its node may never end
+            [ -n "$(steps)" ] || break
+            sleep 2
+        done
         ;;
     requeue)
         # SLURM ends this script while it is at it. Only a job that waits takes other nodes.

@@ -14,6 +14,8 @@ from megallama.errors import ConfigError
 
 #: D-HH:MM:SS with what SLURM lets one leave out.
 TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d(:\d\d)?)?")
+#: Seconds before the time limit at which SLURM signals the script: job.sh's --signal.
+ASKED = 600
 #: What SLURM takes for the name of an account or of partitions, on one line.
 WORD = re.compile(r"[A-Za-z0-9_.,@+-]+")
 
@@ -40,6 +42,11 @@ class Options:
                 raise ConfigError(f"--{name} {value}: at least {lowest} is needed")
         if not TIME.fullmatch(self.time):
             raise ConfigError(f"--time {self.time}: is no time of SLURM's; write D-HH:MM:SS")
+        if 0 < _seconds(self.time) <= ASKED:
+            raise ConfigError(
+                f"--time {self.time}: ranks are asked to save {ASKED // 60} minutes before the "
+                f"limit; give at least {ASKED // 60 + 5}"
+            )
         for name, word in {"partition": self.partition, "account": self.account}.items():
             if word and not WORD.fullmatch(word):
                 raise ConfigError(f"--{name} {word!r}: is no name; write letters and digits")
@@ -74,6 +81,17 @@ def render(config: Config, options: Options, train: Sequence[str], command: Sequ
         "nproc": f" --nproc {options.ranks_per_node}" if options.one_task_per_node else "",
     }
     return re.sub(r"@([a-z_]+)@", lambda found: str(values[found[1]]), template)
+
+
+def _seconds(time: str) -> int:
+    """Of M, M:SS, H:MM:SS, D-H, D-H:MM or D-H:MM:SS. 0 is SLURM's word for no limit."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:  # from the hours on
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:  # from the minutes on
+        hours, minutes, seconds = [0, *parts, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def script_path(directory: Path) -> Path:

@@ -13,6 +13,7 @@ import pytest
 from megallama.cli.main import main
 from megallama.errors import ConfigError
 from megallama.train.slurm import history
+from megallama.train.slurm.render import ASKED, Options
 from tests.conftest import ConfigFile
 
 Captured = pytest.CaptureFixture[str]
@@ -107,6 +108,27 @@ BAD = {
     "key": (["--nodes", 1, "train.stesp=3"], "train.stesp"),
     "no such option": (["--nodes", 1, "--cores", 3], "--cores 3"),
 }
+
+
+@pytest.mark.parametrize(
+    "time, fits",
+    [("10", False), ("10:00", False), ("10:01", True), ("0:10:00", False), ("00:10:01", True)]
+    + [("0-0:10", False), ("0-0:11", True), ("0-1", True), ("1-00:00:00", True), ("15", True)]
+    + [("0", True)],
+)
+def test_a_time_limit_leaves_time_to_train(time: str, fits: bool) -> None:
+    if fits:
+        Options(nodes=1, time=time)
+    else:
+        with pytest.raises(ConfigError, match="before the limit; give at least 15"):
+            Options(nodes=1, time=time)
+
+
+def test_the_script_s_signal_is_the_one_that_time_limits_are_checked_against(
+    config_file: ConfigFile, capsys: Captured
+) -> None:
+    script = rendered(capsys, config_file(), "--nodes", 1, "--gpus-per-node", 0)
+    assert f"--signal=B:USR1@{ASKED}" in script
 
 
 @pytest.mark.parametrize("words, part", BAD.values(), ids=BAD)

@@ -102,3 +102,14 @@ def test_without_an_answer_the_allocation_is_that_of_the_start(script: Script) -
     asked = [call for call in script.calls if "--allocated" in call]
     assert len(asked) == 2
     assert all("--allocated n1,n2,n3" in call for call in asked)
+
+
+@pytest.mark.parametrize("looks, waits", [(3, 2), (1000, 30)])
+def test_another_attempt_waits_for_the_end_of_the_last_one(
+    looks: int, waits: int, script: Script
+) -> None:
+    assert script.run("relaunch", "stop 0", steps=looks)[0] == 0
+    killed = script.calls.index("scancel --signal=KILL 7.0 7.1")
+    begun = next(i for i, call in enumerate(script.calls) if "/7.0.2 " in call)
+    assert killed < begun
+    assert script.calls[killed:begun].count("sleep 2") == waits

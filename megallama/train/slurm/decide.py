@@ -6,6 +6,7 @@ action and what to say of it.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ SLOWEST = 0.8
 #: the looks of others.
 MOST = 7 / 8
 UNFINISHED = "did not finish looking at itself"
+
+#: What the parent of local workers says where none of them said a word: another node's did.
+CODE_ALONE = re.compile(r"ended with exit code \d+$")
 
 Decision = tuple[str, str]
 
@@ -89,7 +93,8 @@ def choose(attempt: Attempt, job: Job, history: History, clock: tuple[float, flo
 def after(attempt: Attempt, job: Job, history: History, code: int, ranks_per_node: int) -> Decision:
     """What follows from the end of a training step for which srun returned `code`."""
     cause = why(attempt, code, job.asked)
-    words = [f"task {task}: {text}" for task, text in list(attempt.errors.items())[:5]]
+    errors = sorted(attempt.errors.items(), key=lambda said: bool(CODE_ALONE.search(said[1])))
+    words = [f"task {task}: {text}" for task, text in errors[:5]]
     if job.ends:
         return _ending(history, job)
     if cause not in (EXIT_STOPPED, EXIT_LOST):

@@ -8,9 +8,9 @@ import pytest
 
 from megallama.dist.watch import Wait, Watch
 from megallama.errors import EXIT_LOST, LostError, UserError
-from megallama.train.launch import LAST_WORDS
-from megallama.train.local_worker import Failure
-from megallama.train.supervisor import Inbox, Team, _killed
+from megallama.train.inbox import Inbox
+from megallama.train.local_worker import LAST_WORDS, Failure
+from megallama.train.supervisor import Team, _killed
 
 #: The first rank of the sixth node.
 FIRST = 40

@@ -181,6 +181,13 @@ def test_without_a_spare_the_job_waits_for_other_nodes(attempt: Attempt) -> None
     assert after(attempt, job(), begun(attempt), 69, 2)[0] == "requeue c"
 
 
+def test_words_are_told_before_codes(attempt: Attempt) -> None:
+    errors = {task: f"rank {task} ended with exit code 69" for task in range(7)}
+    end(attempt, rest(69), errors | {7: verdict(4)})
+    _, words = after(attempt, job(allocated="abcde"), begun(attempt), 69, 2)
+    assert words.startswith(f"task 7: {verdict(4)}\ntask 0: rank 0 ended")
+
+
 def test_near_its_time_limit_a_lost_job_is_not_started_again(attempt: Attempt) -> None:
     end(attempt, rest(69, 4, 5), {0: verdict(4)})
     action, _ = after(attempt, job(allocated="abcde", asked="USR1"), begun(attempt), 69, 2)

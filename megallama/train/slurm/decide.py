@@ -27,7 +27,6 @@ SLOWEST = 0.8
 #: the looks of others.
 MOST = 7 / 8
 UNFINISHED = "did not finish looking at itself"
-
 #: What the parent of local workers says where none of them said a word: another node's did.
 CODE_ALONE = re.compile(r"ended with exit code \d+$")
 

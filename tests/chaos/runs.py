@@ -166,7 +166,11 @@ class Bout:
             self.faults.append(f"asked to stop after step {heard}, saved step {step}")
 
     def _untold(self, fell: int) -> list[str]:
-        """What should have been said of each blow that fell and was not."""
+        """What should have been said of each blow that fell and was not.
+
+        Of ranks that fall together, before their parent has ended the others, one is named: there
+        are fewer restarts than blows.
+        """
         told = self.ended.error
         faults = []
         for blow in self.case.blows[:fell]:
@@ -177,7 +181,8 @@ class Bout:
             }.get(blow.signal, "")
             if not re.search(wanted, told):
                 faults.append(f"{blow} fell, and {wanted!r} is not in {told!r}")
-        return faults
+        together = fell - len(re.findall(r"; restart \d+ of ", told))
+        return faults if len(faults) > together else []
 
 
 def unlike(run: Path, reference: Path) -> list[str]:

@@ -70,11 +70,11 @@ lint: .venv/installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# On two cores. The tests of the second line start up to eight processes more and mostly wait (of 7
-# minutes with two at a time, half was idle), so files of the one kind fill the waits of the other.
+# Two processes share the tests (four took 10 minutes instead of 7 over the second line: each starts up
+# to eight more). Files of the one kind fill the waits of the other.
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 tests/unit tests/reference tests/security
-	.venv/bin/python -m pytest -n 4 --dist loadfile tests/dist tests/layouts tests/gpu tests/slurm
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/unit tests/reference tests/security
+	.venv/bin/python -m pytest -n 2 --dist loadfile tests/dist tests/layouts tests/gpu tests/slurm
 
 # N combinations of seed SEED; a failing one is printed as the command that repeats it.
 N := 200

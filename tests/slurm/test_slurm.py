@@ -136,7 +136,9 @@ def test_a_job_outlives_a_requeue_a_lost_node_and_the_time_limit(bench: Bench) -
     second = bench.submit_pairs(narrow, "--partition", "two", "--nodes", "2", gates="2,4")
 
     bench.reaches("narrow", 2)
-    bench.cluster.run("scontrol", "update", f"JobId={second}", "TimeLimit=1")  # SLURM sends USR1
+    # Less than the ten minutes before which SLURM is to warn: it does so at once. One minute would
+    # be over on a slow machine, and the job with it.
+    bench.cluster.run("scontrol", "update", f"JobId={second}", "TimeLimit=9")
     bench.reaches("wide", 2)
     bench.cluster.run("scontrol", "requeue", first)
     local = [bench.undisturbed(wide, 4), bench.undisturbed(narrow, 4)]

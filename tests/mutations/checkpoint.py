@@ -25,7 +25,7 @@ from megallama.train.process import ALONE
 from megallama.train.resume import begin, candidates
 from megallama.train.snapshot import Progress, snapshot
 from tests.harness import flat
-from tests.mutations.damage import FAULTS, Others, Region
+from tests.mutations.damage import FAULTS, Others, Region, replaced
 
 OLD, NEW = 3, 6
 FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors")
@@ -117,16 +117,10 @@ def accepted(
     damaged = FAULTS[fault](whole, regions(name, whole)[region], others, generator)
     if damaged == whole:
         return None
-    try:
-        if damaged is None:
-            path.unlink()
-        else:
-            path.write_bytes(damaged)
+    with replaced(path, damaged):
         if damaged == others.older and name == "manifest.json":
             path = victim.newest  # it is whole, and what is beside it is not what it says
         return _judged(victim, path, gone=damaged is None)
-    finally:
-        (victim.newest / name).write_bytes(whole)
 
 
 def _judged(victim: Victim, path: Path, gone: bool) -> str:

@@ -18,7 +18,7 @@ from megallama.data.tokenizer import train_tokenizer
 from megallama.errors import UserError
 from megallama.train.build import build_dataset
 from tests.mutations.checkpoint import Victim
-from tests.mutations.damage import FAULTS, Others, Region
+from tests.mutations.damage import FAULTS, Others, Region, replaced
 
 FILES = ("corpus.bin", "corpus.idx", "corpus.json", "tokenizer.model")
 SIDECAR = "corpus.json"
@@ -85,14 +85,8 @@ def accepted(data: Data, mutation: tuple[str, str, str], generator: random.Rando
     damaged = FAULTS[fault](whole, regions(name, whole)[region], data.others[name], generator)
     if damaged == whole:
         return None
-    try:
-        if damaged is None:
-            path.unlink()
-        else:
-            path.write_bytes(damaged)
+    with replaced(path, damaged):
         return _judged(data.victim, path, gone=damaged is None)
-    finally:
-        path.write_bytes(whole)
 
 
 def _judged(victim: Victim, path: Path, gone: bool) -> str:

@@ -6,20 +6,16 @@ It runs whenever those values are valid, whatever else is wrong, so that one try
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import pairwise
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
+from megallama.config.data_checks import phases_in_order, sources_alike
 from megallama.config.faults import Fault, at
 from megallama.config.schedules import VIRTUAL_STAGES, default_virtual_stages
 from megallama.config.schema import (
-    Phase,
     Profile,
     RopeScaling,
-    Source,
     Spike,
     steps_of,
 )
@@ -262,49 +258,6 @@ def _wsd(schedule: str, decay_steps: int | None) -> Faults:
         )
 
 
-def _phases(mixture: tuple[Source, ...], phases: tuple[Phase, ...]) -> Faults:
-    if mixture and phases:
-        yield Fault(
-            f"data.phases (of {len(phases)})", "given with data.mixture", "remove one of them"
-        )
-    ends = [phase.until_tokens for phase in phases]
-    for i, (end, following) in enumerate(pairwise(ends)):
-        if end is None:
-            yield Fault(
-                f"data.phases.{i}.until_tokens",
-                "is missing, and other phases follow",
-                "set it: the last phase alone may go without",
-            )
-        elif following is not None and following <= end:
-            yield Fault(
-                at(f"data.phases.{i + 1}.until_tokens", following),
-                f"is not above the phase before it, which ends at {end}",
-                "put the phases in order: each counts tokens from the start of the run",
-            )
-
-
-def _sources(mixture: tuple[Source, ...], phases: tuple[Phase, ...]) -> Faults:
-    mixtures = {"data.mixture": mixture}
-    mixtures |= {f"data.phases.{i}.mixture": phase.mixture for i, phase in enumerate(phases)}
-    paths: dict[str, Path] = {}
-    for place, sources in mixtures.items():
-        for name, times in Counter(source.name for source in sources).items():
-            if times > 1:
-                yield Fault(
-                    at(f"{place}.name", name),
-                    f"names {times} sources",
-                    "give each source a name of its own",
-                )
-        for source in {source.name: source for source in sources}.values():
-            first = paths.setdefault(source.name, source.path)
-            if source.path != first:
-                yield Fault(
-                    at(f"{place}.{source.name}.path", str(source.path)),
-                    f"the same source is at {first} in an earlier phase",
-                    "give it that path or another name",
-                )
-
-
 def _rope_scaling(scaling: RopeScaling | None) -> Faults:
     if scaling and scaling.high_freq_factor <= scaling.low_freq_factor:
         yield Fault(
@@ -345,6 +298,6 @@ CHECKS: tuple[tuple[Callable[..., Faults], str], ...] = (
         "train.steps train.tokens train.sequence_length train.global_batch optimizer.decay_steps",
     ),
     (_wsd, "optimizer.schedule optimizer.decay_steps"),
-    (_phases, "data.mixture data.phases"),
-    (_sources, "data.mixture data.phases"),
+    (phases_in_order, "data.mixture data.phases"),
+    (sources_alike, "data.mixture data.phases"),
 )

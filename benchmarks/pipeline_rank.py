@@ -215,13 +215,15 @@ class Ranks:
     def __init__(self, size: int, make: Callable[[int, int, Store], Any] = Rank) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
         fork = multiprocessing.get_context("fork")
         for rank in range(size):
             here, there = fork.Pipe()
             self._pipes.append(here)
             path = f"{self._folder.name}/store"
             arguments = (partial(make, rank, size), path, there, list(self._pipes))
-            fork.Process(target=_serve, args=arguments, daemon=True).start()
+            self._processes.append(fork.Process(target=_serve, args=arguments, daemon=True))
+            self._processes[-1].start()
             there.close()  # so that a rank that dies is an EOFError here and not a wait for ever
 
     def __enter__(self) -> Ranks:
@@ -235,7 +237,7 @@ class Ranks:
     ) -> None:
         for pipe in self._pipes:
             pipe.close()
-        for process in multiprocessing.active_children():
+        for process in self._processes:
             process.join(END)
             process.kill()
         self._folder.cleanup()

@@ -131,6 +131,20 @@ def test_checkpoints_are_compared_with_a_raw_copy_and_dcp(tmp_path: Path):
     assert not any((tmp_path / "written").iterdir())
 
 
+def test_ranks_of_a_benchmark_end_no_process_of_others():
+    from pipeline_rank import Ranks
+
+    here, there = mp.get_context("fork").Pipe()
+    other = mp.get_context("fork").Process(target=there.recv, daemon=True)
+    other.start()
+    with Ranks(0):
+        pass
+    assert other.is_alive()
+    here.send("the end")
+    other.join()
+    assert other.exitcode == 0
+
+
 def test_a_share_of_an_interval_and_ratios_by_hand():
     from checkpoints import behind_figures, figures, ratio
 

@@ -97,6 +97,15 @@ class Link(Strict):
     """Each further step of a ring."""
 
 
+class Contention(Strict):
+    """By how much each is slower while both go on: 0.1 takes a tenth longer."""
+
+    compute: NonNegative = 0.0
+    collective: NonNegative = 0.0
+    """On a GPU next to nothing, since a collective keeps its multiprocessors; where cores do both,
+    as gloo's do, what the kernels take."""
+
+
 class Hardware(Strict):
     """One kind of machine: `ranks` devices a node, `node` links inside it, `network` between."""
 
@@ -109,8 +118,7 @@ class Hardware(Strict):
     """Devices (or processes) of a node."""
     node: Link
     network: Link
-    contention: NonNegative = 0.0
-    """By how much compute slows down while a collective is in flight: 0.1 is a tenth longer."""
+    contention: Contention = Contention()
 
 
 def known_names() -> list[str]:

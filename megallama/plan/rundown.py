@@ -133,7 +133,7 @@ class Rundown:
         if not self.exchanges or self.shape.blocks:
             return {}
         found: dict[int, tuple[float, float]] = {}
-        slower = self.hardware.contention
+        slower = self.hardware.contention.compute
         owners = self.plans[0].schedule.owners
         for rank in range(self.grid.pipeline):
             now = 0.0
@@ -142,7 +142,7 @@ class Rundown:
                 forward = self._timing(("F", chunk, chunk)).seconds
                 floor, count = 0.0, len(buckets.all)
                 for place, bucket in enumerate(buckets.all):
-                    now += self.end.seconds(self.end.gather(bucket))
+                    now = self._beside(self.end.seconds(self.end.gather(bucket)), now, forward)
                     floor = max(floor, now + forward * (1 - place / count))
                 beside = min(forward, now - begin) if not begin else 0.0
                 found[chunk] = floor, beside * slower / (1 + slower)
@@ -155,12 +155,13 @@ class Rundown:
         if not self.exchanges or self.shape.blocks:
             return {}
         found: dict[int, float] = {}
-        slower = self.hardware.contention
+        slower = self.hardware.contention.compute
         for (kind, chunk, other), timing in self.timings.items():
             last = other if kind in ("FB", "W-") else chunk
             if kind in ("BW", "W", "W-", "FB"):
                 buckets = self.end.buckets(self.parts[last])
                 under = sum(self.end.seconds(self.end.reduce(b)) for b in buckets.all)
+                under *= 1 + self.hardware.contention.collective
                 beside = min(timing.seconds, under) * slower / (1 + slower)
                 found[last] = max(found.get(last, 0.0), beside)
         return found
@@ -192,8 +193,15 @@ class Rundown:
                 begin = end  # one stops the pass after the other, which comes to the same
             for bucket, at in self._landed(self.end.buckets(self.parts[node.closes])):
                 start = max(free[node.rank], begin + (end - begin) * at)
-                free[node.rank] = start + self.end.seconds(self.end.reduce(bucket))
+                free[node.rank] = self._beside(
+                    self.end.seconds(self.end.reduce(bucket)), start, end
+                )
                 yield node.rank, start, free[node.rank]
+
+    def _beside(self, seconds: float, start: float, until: float) -> float:
+        """When a collective of so many seconds is done, with kernels beside it until then."""
+        slower, beside = 1 + self.hardware.contention.collective, max(0.0, until - start)
+        return start + min(seconds * slower, seconds + beside * (1 - 1 / slower))
 
     def _landed(self, buckets: Buckets) -> Iterator[tuple[Bucket, float]]:
         """The share of the last backward after which each bucket is complete: the output's before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,8 +38,8 @@ def run(issued: Sequence[Issued], costs: Costs, laps: list[Lap] | None = None) -
     """Issue the steps in their order.
 
     A collective begins when those before it are done and the kernels issued before it; a wait holds
-    the compute stream until what it waits for is done. A kernel is slower by the machine's
-    `contention` while a collective is in flight. `laps`: takes each step's time.
+    the compute stream until what it waits for is done. While a kernel runs beside a collective,
+    each is slower by the machine's `contention`. `laps`: takes each step's time.
     """
     return _Streams(costs, laps).run(issued)
 
@@ -46,52 +47,60 @@ def run(issued: Sequence[Issued], costs: Costs, laps: list[Lap] | None = None) -
 class _Streams:
     def __init__(self, costs: Costs, laps: list[Lap] | None) -> None:
         self.costs, self.laps = costs, laps
-        self.slower = 1.0 + costs.hardware.contention
+        contention = costs.hardware.contention
+        self.slower, self.collective_slower = 1.0 + contention.compute, 1.0 + contention.collective
         self.now = 0.0
         self.compute = 0.0
-        #: When each collective is done, and all of them; (start, end) of those that may still run.
-        self.ends: dict[Start, float] = {}
-        self.free = 0.0
-        self.flights: list[tuple[float, float]] = []
+        #: Collectives in flight and those that queue behind the first; its seconds to go, alone.
+        self.flights: deque[Start] = deque()
+        self.left = 0.0
+        self.began = 0.0
 
     def run(self, issued: Sequence[Issued]) -> Timing:
         for step in issued:
             if isinstance(step, Wait):
-                for each in step.started:  # begun in an action before: done
-                    self.now = max(self.now, self.ends.get(each, 0.0))
+                while any(each in self.flights for each in step.started):
+                    self._idle()  # one that was begun in an action before is done
             elif isinstance(step, Start):
-                self._start(step)
+                self.flights.append(step)
+                if len(self.flights) == 1:
+                    self._take_off()
             else:
-                seconds = self.costs.compute(step)
-                begin, self.now = self.now, self._through(seconds)
+                begin, seconds = self.now, self.costs.compute(step)
+                self._compute(seconds)
                 self.compute += seconds
-                if self.laps is not None:
-                    self.laps.append(Lap("compute", step.name, begin, self.now))
-        return Timing(max(self.now, self.free), self.compute)
+                self._note("compute", step.name, begin)
+        while self.flights:
+            self._idle()
+        return Timing(self.now, self.compute)
 
-    def _start(self, step: Start) -> None:
-        begin = max(self.now, self.free)
-        self.free = self.ends[step] = begin + self.costs.collective(step.collective)
-        self.flights.append((begin, self.free))
+    def _compute(self, seconds: float) -> None:
+        """A kernel, beside what is in flight."""
+        while self.flights:
+            lands = self.left * self.collective_slower
+            if seconds * self.slower < lands:
+                self.now += seconds * self.slower
+                self.left -= seconds * self.slower / self.collective_slower
+                return
+            self.now += lands
+            seconds -= lands / self.slower
+            self._land()
+        self.now += seconds
+
+    def _idle(self) -> None:
+        """Nothing is computed until the first collective lands."""
+        self.now += self.left
+        self._land()
+
+    def _land(self) -> None:
+        collective = self.flights.popleft().collective
+        self._note(collective.group, collective.operation, self.began)
+        if self.flights:
+            self._take_off()
+
+    def _take_off(self) -> None:
+        self.began, self.left = self.now, self.costs.collective(self.flights[0].collective)
+
+    def _note(self, stream: str, name: str, begin: float) -> None:
         if self.laps is not None:
-            collective = step.collective
-            self.laps.append(Lap(collective.group, collective.operation, begin, self.free))
-
-    def _through(self, seconds: float) -> float:
-        """When a kernel that begins now is done."""
-        now, flights = self.now, self.flights
-        while flights:
-            begin, end = flights[0]
-            if end <= now:
-                flights.pop(0)
-                continue
-            if begin > now:  # until the next one takes off
-                if now + seconds <= begin:
-                    break
-                seconds -= begin - now
-                now = begin
-            if now + seconds * self.slower <= end:
-                return now + seconds * self.slower
-            seconds -= (end - now) / self.slower
-            now = end
-        return now + seconds
+            self.laps.append(Lap(stream, name, begin, self.now))

@@ -37,6 +37,8 @@ from megallama.train.process import Process
 SECONDS_A_FIGURE = 0.4
 #: Operands of a product: in turn, as a model's layers come.
 SETS = range(4)
+#: Times as long as alone that a collective beside products takes at most; above it is noise.
+SLOWEST = 10.0
 #: Bytes of a gathered tensor from which on none is made larger to outlast a product.
 LARGEST_GATHER = 2**30
 
@@ -206,8 +208,9 @@ class Calibration:
         slope = slope or min(seconds / size for size, seconds in times.items())
         return {"bandwidth": 1 / slope, "start_seconds": start, "hop_seconds": 0.0}
 
-    def _contention(self) -> float:
-        """How much longer products take while an all-gather is under way: it outlasts them."""
+    def _contention(self) -> dict[str, float]:
+        """How much longer products take while an all-gather is under way, which outlasts them, and
+        how much longer it takes for the part of it that is done beside them."""
         sizes = self.sizes
         x, w = self.kernels.new(torch.bfloat16, self.kernels.stream, (sizes.ffn, sizes.width))
         (out,) = self.kernels.new(torch.bfloat16, (sizes.tokens, sizes.ffn))
@@ -219,18 +222,22 @@ class Calibration:
         shard, flight = self._lasting(2 * alone)
         times = max(1, int(flight / 2 / alone))
 
-        def beside() -> float:
-            handle = self.group.all_gather(shard)
+        def beside() -> tuple[float, float]:
+            self._mean(0.0)  # ranks that start apart would wait for each other in the gather
             began = time.perf_counter()
+            handle = self.group.all_gather(shard)
             for _ in range(times):
                 product()
             self._finish()
-            seconds = (time.perf_counter() - began) / times
+            computed = time.perf_counter() - began
             handle.wait()
             self._finish()  # the next one's products do not queue behind this gather
-            return seconds
+            rest = time.perf_counter() - began - computed
+            return computed / (times * alone), computed / max(flight - rest, computed / SLOWEST)
 
-        return max(0.0, statistics.median(beside() for _ in range(5)) / alone - 1)
+        slower = zip(*(beside() for _ in range(9)), strict=True)
+        compute, collective = (max(0.0, statistics.median(times) - 1) for times in slower)
+        return {"compute": compute, "collective": collective}
 
     def _lasting(self, seconds: float) -> tuple[Tensor, float]:
         """A shard whose all-gather takes so long, and how long it takes; alike on every rank.

@@ -45,7 +45,10 @@ def test_a_file_of_a_user(tmp_path):
     [
         ({"gemms": 1}, "gemms: is not a constant of a machine; remove it"),
         ({"memory": {"bandwidth": 1.0}}, "memory.capacity: is missing; give its value"),
-        ({"contention": -1}, "contention: input should be greater than or equal to 0"),
+        (
+            {"contention": {"compute": -1}},
+            "contention.compute: input should be greater than or equal to 0",
+        ),
     ],
 )
 def test_a_fault_in_a_file_names_the_file_and_the_field(change, message, tmp_path):

@@ -107,8 +107,31 @@ def test_ranks_agree_on_how_long_it_lasts(gauge: Any) -> None:
 def test_products_end_while_the_gather_lasts(gauge: Any) -> None:
     product = 2 * CPU.tokens * CPU.ffn
     assert LARGEST < 2 * product < 2 * LARGEST
-    assert gauge._contention() >= 0
-    assert gauge.group.gathered == [LARGEST, *[2 * LARGEST] * 6]
+    assert gauge._contention()["compute"] >= 0
+    assert gauge.group.gathered == [LARGEST, *[2 * LARGEST] * 10]
+
+
+@pytest.mark.parametrize("compute, collective", [(0.25, 0.0), (1.0, 1.0), (0.5, 2.0)])
+def test_each_slows_the_other_by_what_it_does(
+    gauge: Any, monkeypatch: pytest.MonkeyPatch, compute: float, collective: float
+) -> None:
+    """A product takes 3 s and a gather 30 s, with a clock of our own."""
+    clock, product, flight = SimpleNamespace(now=0.0), 3.0, 30.0
+
+    def linear(*_: Tensor) -> None:
+        clock.now += product * (1 + compute)
+        clock.left -= product * (1 + compute) / (1 + collective)
+
+    def gather(_: Tensor) -> Any:
+        clock.left = flight
+        return SimpleNamespace(wait=lambda: setattr(clock, "now", clock.now + clock.left))
+
+    monkeypatch.setattr(calibrate, "linear_forward", linear)
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: clock.now)
+    gauge._seconds, gauge._lasting = lambda _: product, lambda _: (torch.zeros(1), flight)
+    gauge.group.all_gather = gather
+    found = gauge._contention()
+    assert found == pytest.approx({"compute": compute, "collective": collective})
 
 
 def test_a_gpu_s_other_streams_are_not_waited_for(

@@ -21,7 +21,7 @@ from megallama.dist.link import COLLECTIVE, POINT, Link, Posted
 from megallama.dist.parcels import by_rank, parcels
 from megallama.dist.recorder import Recorder
 from megallama.dist.shapes import check_filled, check_peer, check_rows, gathered, scattered
-from megallama.dist.sums import sum_in_order
+from megallama.dist.sums import room_bytes, sum_in_order
 from megallama.dist.traffic import Traffic
 from megallama.dist.watch import Vigil
 from megallama.dist.worker import Worker
@@ -33,9 +33,10 @@ SMALL = 1024
 
 
 class Scratch:
-    """Receive buffers of one group, used again by each operation: they run one at a time.
+    """What a group receives and adds up in, used again by each operation: they run one at a time.
 
-    Fresh memory would cost a page fault every 4 KiB. It grows to what the largest operation needs.
+    Fresh memory would cost a page fault every 4 KiB, in a group's thread every time: 3.5 ms for the
+    2 MiB in which 1 MiB of bf16 is added up. It grows to what the largest operation needs.
     """
 
     def __init__(self) -> None:
@@ -228,7 +229,11 @@ class GlooGroup:
         peers = self._link.peers()
         mine = [parts[self.rank] for parts in many]
         sizes = [(part.numel(), part.dtype) for part in mine]
-        buffers = self._scratch.buffers(sizes * len(peers))
+        needed = max(
+            room_bytes(part.dtype, result, self.size)
+            for part, result in zip(mine, results, strict=True)
+        )
+        *buffers, room = self._scratch.buffers([*sizes * len(peers), (needed, torch.uint8)])
         incoming = {
             peer: buffers[place * len(many) : (place + 1) * len(many)]
             for place, peer in enumerate(peers)
@@ -237,7 +242,7 @@ class GlooGroup:
         posted = self._link.post(f"to take part in {operation}", outgoing, incoming, COLLECTIVE)
         for index, result in enumerate(results):
             parts = self._in_order(posted, mine[index], {p: incoming[p][index] for p in peers})
-            sum_in_order(parts, self.size, result)
+            sum_in_order(parts, self.size, result, room)
         posted.finish()
 
     def _in_order(

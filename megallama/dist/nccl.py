@@ -23,7 +23,7 @@ from megallama.dist.group import COVER, COVER_ALL_REDUCE
 from megallama.dist.handle import Handle, Joined
 from megallama.dist.parcels import Parcel, by_rank
 from megallama.dist.shapes import check_filled, check_peer, check_rows, gathered, scattered
-from megallama.dist.sums import sum_in_order
+from megallama.dist.sums import room_bytes, sum_in_order
 from megallama.dist.traffic import Traffic
 from megallama.errors import LostError
 
@@ -155,7 +155,9 @@ class NcclGroup:
         work = compat.all_to_all_single(self._backend, received, sent)
 
         def add() -> T:
-            sum_in_order(received.unbind(), self.size, result)
+            needed = room_bytes(received.dtype, result, self.size)
+            room = torch.empty(needed, dtype=torch.uint8, device=result.device)
+            sum_in_order(received.unbind(), self.size, result, room)
             return finish()
 
         return Issued([work], COVER, add, [sent, received])

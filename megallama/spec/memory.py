@@ -144,14 +144,19 @@ class _Rank:
         return sizes
 
     def _received(self) -> int:
-        """What gloo groups receive in: the other ranks' parts of each one's largest sum."""
+        """What gloo groups receive and add up in: the other ranks' parts of each one's largest sum,
+        and the sum in fp32 or wider, where two parts are not added as they are."""
         tensor, data, received = self.grid.tensor, self.grid.data, 0
         if tensor > 1:
             whole = self.tokens * self.config.model.d_model * self.itemsize
             received += (tensor - 1) * whole // tensor
+            if tensor > 2 or self.itemsize < self.wide:
+                received += whole // tensor // self.itemsize * self.wide
         if data > 1:
             largest = max(_elements(bucket) for bucket in self.buckets)
             received += (data - 1) * largest // data * self.sent
+            if data > 2 or self.sent < self.wide:
+                received += largest // data * self.wide
         if has_tied_copy(self.config, self.grid):  # two ranks, each with half of the sum
             own = sum(prod(shard.own_shape) for shard in self.shards if shard.name == EMBEDDING)
             received += own * self.wide // 2

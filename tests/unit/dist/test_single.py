@@ -8,7 +8,7 @@ import torch
 from megallama.dist.group import Blocking, SingleGroup
 from megallama.dist.handle import Done, Joined
 from megallama.dist.parcels import ALONE, parcels
-from megallama.dist.sums import sum_in_order
+from megallama.dist.sums import room_bytes, sum_in_order
 from megallama.dist.traffic import Count, Traffic
 
 
@@ -67,12 +67,26 @@ def test_joined_waits_for_all_in_order_and_covers_as_the_largest():
     assert Joined([], 1).cover == 0
 
 
+def room_for(parts: list[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    return torch.empty(room_bytes(parts[0].dtype, out, len(parts)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("part, out, needed", [(16, 16, 40), (16, 32, 40), (32, 32, 0), (64, 64, 0)])
+def test_two_parts_need_room_only_to_be_widened(part, out, needed):
+    dtypes = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+    result = torch.empty(10, dtype=dtypes[out])
+    assert room_bytes(dtypes[part], result, 2) == needed
+    parts = [torch.arange(10.0).to(dtypes[part]) for _ in range(2)]
+    sum_in_order(parts, 2, result, torch.empty(needed, dtype=torch.uint8))
+    assert torch.equal(result, torch.arange(0, 20, 2).to(dtypes[out]))
+
+
 @pytest.mark.parametrize("own", [0, 1, 2])
 def test_a_sum_may_land_on_any_of_its_parts(own):
     """(2^24 + 1) - 2^24 is 0 in fp32, added from left to right."""
     parts = [torch.tensor([v]) for v in (2.0**24, 1.0, -(2.0**24))]
     kept = [part.clone() for part in parts]
-    sum_in_order(parts, 3, parts[own])
+    sum_in_order(parts, 3, parts[own], room_for(parts, parts[own]))
     assert parts[own].item() == 0
     assert all(
         torch.equal(p, k) for i, (p, k) in enumerate(zip(parts, kept, strict=True)) if i != own
@@ -82,7 +96,7 @@ def test_a_sum_may_land_on_any_of_its_parts(own):
 def test_bf16_is_added_in_fp32_and_rounded_once():
     parts = [torch.tensor([v], dtype=torch.bfloat16) for v in (256.0, 1.0, 1.0)]
     out = torch.empty(1, dtype=torch.bfloat16)
-    sum_in_order(parts, 3, out)
+    sum_in_order(parts, 3, out, room_for(parts, out))
     assert out.item() == 258
 
 

@@ -1,4 +1,4 @@
-"""The fits behind a calibrated machine (`tests/unit/cli/test_doctor.py` makes a whole one)."""
+"""The fits behind a calibrated machine (`tests/unit/cli/test_calibrate.py` makes a whole one)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Every rank runs the kernels that a training step runs, all ranks at the same time, because cores,
 caches and memory are shared in training too. A figure is the median over ranks of each one's median
-over repetitions. Kernels that move memory take turns on as many sets of operands as no cache holds.
+over repetitions. Kernels take turns on as many sets of operands as no cache holds.
 
 Names and units are those of `megallama.plan.hardware`.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -35,8 +36,6 @@ from megallama.train.process import Process
 
 #: Two measured times, one above the other's noise: repetitions fill so many seconds.
 SECONDS_A_FIGURE = 0.4
-#: Operands of a product: in turn, as a model's layers come.
-SETS = range(4)
 #: Times as long as alone that a collective beside products takes at most; above it is noise.
 SLOWEST = 10.0
 #: Bytes of a gathered tensor from which on none is made larger to outlast a product.
@@ -119,7 +118,7 @@ class Calibration:
             times: dict[int, float] = {}
             for depth in (sizes.width // 4, sizes.width // 2, sizes.width, 2 * sizes.width):
                 shapes = (sizes.tokens, depth), (sizes.ffn, depth)
-                calls = [partial(linear_forward, *self.kernels.new(dtype, *shapes)) for _ in SETS]
+                calls = [partial(linear_forward, *each) for each in self._sets(dtype, *shapes)]
                 times[depth] = self._seconds(*calls) / (2 * sizes.tokens * sizes.ffn * depth)
             rates[name], depths[name] = fit_rate(times)
         half = depths["bf16"]
@@ -129,7 +128,7 @@ class Calibration:
             return flops * (k + half) / k / rates["bf16"] / self._seconds(*calls)
 
         of_dy, of_w = (sizes.tokens, 2 * sizes.ffn), (2 * sizes.ffn, sizes.width)
-        sets = [self.kernels.new(torch.bfloat16, of_dy, of_w, self.kernels.stream) for _ in SETS]
+        sets = self._sets(torch.bfloat16, of_dy, of_w, self.kernels.stream)
         dw = torch.zeros(2 * sizes.ffn, sizes.width, device=self.device)
         dgrads = [partial(linear_dgrad, dy, w) for dy, w, _ in sets]
         wgrads = [partial(linear_wgrad, dy, x, dw) for dy, _, x in sets]
@@ -147,22 +146,25 @@ class Calibration:
         backward: dict[int, float] = {}
         for length in sizes.lengths:
             count = max(1, sizes.tokens // length)
-            q, k, v, do = self.kernels.new(
-                torch.bfloat16, *[(count * length, heads, sizes.head_width)] * 4
-            )
-            dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+            shape = count * length, heads, sizes.head_width
             segments = Segments((length,) * count)
-            o, lse = attention_forward(q, k, v, segments)
+            forwards, backwards = [], []
+            for q, k, v, do, dq, dk, dv in self._sets(torch.bfloat16, *[shape] * 7):
+                o, lse = attention_forward(q, k, v, segments)
+                forwards.append(partial(attention_forward, q, k, v, segments))
+                given = do, (q, k, v), o, lse, segments, (dq, dk, dv)
+                backwards.append(partial(attention_backward, *given))
             flops = count * length * length * sizes.width
-            forward[length] = self._seconds(lambda: attention_forward(q, k, v, segments))  # noqa: B023
-            forward[length] /= 2 * flops
-            backward[length] = self._seconds(
-                lambda: attention_backward(do, (q, k, v), o, lse, segments, (dq, dk, dv))  # noqa: B023
-            )
-            backward[length] /= 5 * flops
+            forward[length] = self._seconds(*forwards) / (2 * flops)
+            backward[length] = self._seconds(*backwards) / (5 * flops)
         rate, half = fit_rate(forward)
         rates = [(1 + half / each) / seconds for each, seconds in backward.items()]
         return {"forward": rate, "backward": statistics.mean(rates), "length": half}
+
+    def _sets(self, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[list[Tensor]]:
+        """Operands, as many sets of them as no cache holds: a step's come from memory too."""
+        size = dtype.itemsize * sum(math.prod(shape) for shape in shapes)
+        return [self.kernels.new(dtype, *shapes) for _ in range(max(2, self.sizes.cache // size))]
 
     # Memory.
 

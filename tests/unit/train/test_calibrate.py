@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megallama.dist.handle import Done, Handle
 from megallama.train import calibrate
-from megallama.train.calibrate import Calibration, fit_line, fit_rate, median_of
+from megallama.train.calibrate import Calibration, median_of
+from megallama.train.fits import fit_line, fit_rate
 from megallama.train.kernel_calls import CPU, Kernels
 
 SIZES = (128, 256, 512, 1024)

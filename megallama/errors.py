@@ -18,11 +18,13 @@ EXIT_INTERRUPTED = 130  # stopped by the user after saving: do not requeue
 class UserError(Exception):
     """Base of every error shown as one line rather than as a traceback.
 
-    `shared` is True where every process of the job raises it alike.
+    `shared` is True where every process of the job raises it alike, `follows` where it may follow
+    from another process's end, which then has the cause to say: else the fault was met here.
     """
 
     exit_code = EXIT_FAILED
     shared = False
+    follows = False
 
 
 class ConfigError(UserError):
@@ -34,14 +36,18 @@ class ConfigError(UserError):
 class LostError(UserError):
     """A device or a network did not answer: the same command may succeed later (exit code 69).
 
-    `peer`: the global rank that is missing, where it is one; `owed`: what it was to do.
+    `peer`: the global rank that is missing, where it is one: then the error `follows`; `owed`: what
+    that rank was to do.
     """
 
     exit_code = EXIT_LOST
 
-    def __init__(self, message: str, *, peer: int | None = None, owed: str = "") -> None:
+    def __init__(
+        self, message: str, *, peer: int | None = None, owed: str = "", follows: bool = False
+    ) -> None:
         super().__init__(message)
         self.peer, self.owed = peer, owed
+        self.follows = follows or peer is not None
 
 
 class CorruptError(UserError):
@@ -52,3 +58,9 @@ class CorruptError(UserError):
 
 class DivergedError(UserError):
     """Training produced non-finite values ten steps in a row (exit code 1)."""
+
+
+def said_by(rank: int, text: str) -> str:
+    """An error's text with the rank that met it in front, once."""
+    prefix = f"rank {rank}: "
+    return text if text.startswith(prefix) else prefix + text

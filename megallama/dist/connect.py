@@ -125,7 +125,8 @@ def _gloo(setup: _Setup, name: str, ranks: Sequence[int]) -> Group:
         reason = str(error).partition("\n")[0]
         raise LostError(
             f"group {name!r}: rank {setup.rank} could not connect with ranks {list(ranks)} "
-            f"({reason}); try again"
+            f"({reason}); try again",
+            follows=True,
         ) from None
     link = Link(backend, name, position, ranks)
     vigil = setup.watch.over(link)

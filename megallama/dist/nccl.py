@@ -55,7 +55,8 @@ class Issued(Generic[T]):
             raise
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            raise LostError(f"a NCCL operation failed ({reason}); try again") from None
+            words = f"a NCCL operation failed ({reason}); try again"
+            raise LostError(words, follows=True) from None
         return self._finish()
 
 

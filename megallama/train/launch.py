@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from megallama.errors import EXIT_CONFIG, EXIT_LOST, ConfigError, UserError
+from megallama.errors import EXIT_CONFIG, ConfigError, UserError, said_by
 from megallama.train.local_worker import LAST_WORDS
 from megallama.train.meeting import Meeting
 from megallama.train.process import (
@@ -44,8 +44,8 @@ def launch(
     any worker starts, or in each process of a launcher, where all raise what one of them does.
 
     Signals set a flag from here on: before torch, which takes seconds to import. The exit code is
-    right in every process of a launcher, but an error that several of them meet is printed by the
-    first alone: the others return its code.
+    right in every process of a launcher, but an error that several of them meet is printed by one
+    alone: the others return its code. Who met a fault of its own always prints it.
 
     Raises:
         ConfigError: `nproc` is below 1 or was given under a launcher, whose variables may also be
@@ -101,10 +101,7 @@ def _work_under_launcher(
     prepare: Callable[[int], T],
     work: Callable[[T, Process, StopSignals], int],
 ) -> int:
-    """`work`, with every distinct error printed once a job: 2048 equal lines would hide the rest.
-
-    Where the store does not answer, one process a node prints.
-    """
+    """`work`, with each distinct error printed once a job: 2048 equal lines would hide the rest."""
     meeting = Meeting(process, "launch")
     prepared: list[T] = []
 
@@ -118,24 +115,33 @@ def _work_under_launcher(
             Meeting(process, "launch", pulse).hold(prepare_here)
         code = work(prepared[0], process, stop)
     except UserError as error:
-        first = process.store is None or _is_first(process.store, error)
+        speaks = _speaks(process, error)
         meeting.adjourn(LAST_WORDS)
-        if not (process.local_rank == 0 if first is None else first):
+        if not speaks:
             return error.exit_code
         if process.rank and not error.shared:
-            error.args = (f"rank {process.rank}: {error}",)
+            error.args = (said_by(process.rank, str(error)),)
         raise
     meeting.adjourn()
     return code
 
 
-def _is_first(store: Store, error: UserError) -> bool | None:
-    """Whether this process is the first to report `error`; None if the store does not say.
+def _speaks(process: Process, error: UserError) -> bool:
+    """Whether this process prints `error`: the first that met it does.
 
-    Losses count as one error: each rank names the peer that it lost, and they follow from each
-    other.
+    Ranks that each name the peer that they lost, and follow from each other, count as one: what all
+    agreed on, and a fault that a rank met itself, is not hidden behind them. Where the store does
+    not answer, one process a node speaks, and who met a fault of its own.
     """
-    message = "lost" if error.exit_code == EXIT_LOST else str(error)
+    if process.store is None:
+        return True
+    own = not error.follows and not error.shared
+    first = _is_first(process.store, "lost" if error.follows and not error.shared else str(error))
+    return (own or process.local_rank == 0) if first is None else first
+
+
+def _is_first(store: Store, message: str) -> bool | None:
+    """Whether nobody asked this before of the same message; None if the store does not say."""
     answers: list[int] = []
 
     def ask() -> None:

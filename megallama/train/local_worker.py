@@ -38,7 +38,8 @@ class Failure:
     rank: int  # in the job, once the supervisor has it; a worker counts those of its node
     code: int
     text: str
-    #: `error` for a UserError, `traceback`, `interrupt`, `pipe`, `code` or a signal's name.
+    #: `error` for a UserError, `follows` for one that another process's end may have brought about,
+    #: `traceback`, `interrupt`, `pipe`, `code` or a signal's name.
     kind: str
 
     @property
@@ -49,8 +50,7 @@ class Failure:
         communication libraries abort when their peer is gone. Of the processes of several nodes
         one says what all lost, and the others end with the code alone.
         """
-        lost = self.kind in ("error", "code") and self.code == EXIT_LOST
-        if self.kind == "SIGABRT" or lost:
+        if self.kind in ("SIGABRT", "follows") or (self.kind == "code" and self.code == EXIT_LOST):
             return 2
         return 0 if self.kind.startswith("SIG") else 1
 
@@ -81,7 +81,8 @@ class LocalWorker:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
             return work(self._process(), stop)
         except UserError as error:
-            return self._report(error.exit_code, str(error), "error")
+            kind = "follows" if error.follows else "error"
+            return self._report(error.exit_code, str(error), kind)
         except KeyboardInterrupt:
             return self._report(EXIT_INTERRUPTED, "", "interrupt")
         except BrokenPipeError:

@@ -59,23 +59,23 @@ class Meeting:
         `conclude` is given the results by rank. Without it the answer is rank 0's own result.
 
         Raises:
-            UserError: one that any process met, the lowest rank's, on every process.
+            UserError: one that any process met, on every process: the lowest rank's, of those that
+                follow from another's end only where there are no others.
             LostError: a process did not come.
         """
         place = self._place(self._round)
         self._round += 1
         try:
-            answer = _attempt(do)
+            answer = _attempt(do, self.process)
         except BaseException as error:
-            self._tell(place, _failure(LostError(f"rank {self.process.rank} failed: {error!r}")))
+            self._tell(place, _bug(self.process.rank, error))
             raise
         if self.process.store is None:
-            return conclude([_result(answer)])
+            return conclude(_results([answer]))
         self._tell(place, answer)
         if self.leads:
             self._conclude(place, conclude)
-        (answer,) = self._hear([place], [0])
-        return _result(answer)
+        return _results(self._hear([place], [0]))[0]
 
     def adjourn(self, patience: timedelta = PATIENCE) -> None:
         """Leave, rank 0 last: it may be the host of the store that the others still read from.
@@ -112,9 +112,9 @@ class Meeting:
         if self._round > 1:  # all are here, so all have read the answer before
             store.delete_key(self._place(self._round - 2))
         try:
-            conclusion = _attempt(lambda: conclude([_result(a) for a in answers]))
+            conclusion = _attempt(lambda: conclude(_results(answers)), self.process)
         except BaseException as error:
-            store.set(place, _failure(LostError(f"rank 0 failed: {error!r}")))
+            store.set(place, _bug(0, error))
             raise
         store.set(place, conclusion)
 
@@ -155,28 +155,42 @@ class Meeting:
                 pulse.unwatch(watch)
         if failures:
             raise LostError(
-                f"rank {self.process.rank}: another rank did not come ({failures[0]}); try again"
+                f"rank {self.process.rank}: another rank did not come ({failures[0]}); try again",
+                follows=True,
             ) from failures[0]
         return heard
 
 
-def _attempt(do: Callable[[], str]) -> str:
-    """The result or the error of `do`, as text for the other processes."""
+def _attempt(do: Callable[[], str], process: Process) -> str:
+    """The result or the error of `do`, as text for the other processes: a GPU that fails is named
+    to all of them."""
+    from megallama.train.failures import explained_loss  # torch: it is there by the first meeting
+
     try:
-        return json.dumps({"result": do()})
+        with explained_loss(process):
+            return json.dumps({"result": do()})
     except UserError as error:
         return _failure(error)
 
 
+def _bug(rank: int, error: BaseException) -> str:
+    """What a process that ends with a traceback leaves to the others."""
+    return _failure(LostError(f"rank {rank} failed: {error!r}", follows=True))
+
+
 def _failure(error: UserError) -> str:
-    return json.dumps({"error": type(error).__name__, "message": str(error)})
+    fields = {"error": type(error).__name__, "message": str(error), "follows": error.follows}
+    return json.dumps(fields)
 
 
-def _result(answer: str) -> str:
-    fields = json.loads(answer)
-    if "error" in fields:
-        error: UserError = getattr(errors, fields["error"])(fields["message"])
-        error.shared = True
+def _results(answers: Sequence[str]) -> list[str]:
+    """The results by rank, or else the lowest rank's error: of a fault that follows from no other,
+    where there is one."""
+    said = [json.loads(answer) for answer in answers]
+    faults = [fields for fields in said if "error" in fields]
+    if faults:
+        fault = min(faults, key=lambda fields: bool(fields["follows"]))
+        error: UserError = getattr(errors, fault["error"])(fault["message"])
+        error.shared, error.follows = True, fault["follows"]
         raise error
-    result: str = fields["result"]
-    return result
+    return [fields["result"] for fields in said]

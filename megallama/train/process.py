@@ -80,7 +80,8 @@ def connect(place: Place) -> Process:
         reason = str(error).partition("\n")[0]
         raise LostError(
             f"rank {place.rank} does not reach the store at {place.host}:{place.port} ({reason}); "
-            "set MASTER_ADDR and MASTER_PORT to an address of rank 0 and a free port of it"
+            "set MASTER_ADDR and MASTER_PORT to an address of rank 0 and a free port of it",
+            follows=True,
         ) from error
     return Process(place.rank, place.size, place.local_rank, place.local_size, store, hostname=None)
 

@@ -97,7 +97,8 @@ class Pulse:
                 if time.monotonic() - self._answered > self.silence + LOOK:
                     raise LostError(
                         f"rank {self.rank}: the job's store, which rank 0 or the launcher hosts, "
-                        f"does not answer for {self.silence:g} s ({what}); try again"
+                        f"does not answer for {self.silence:g} s ({what}); try again",
+                        follows=True,
                     )
 
     def _beat(self) -> None:

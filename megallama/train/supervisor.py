@@ -27,6 +27,7 @@ from megallama.errors import (
     EXIT_STOPPED,
     LostError,
     UserError,
+    said_by,
 )
 from megallama.files import refuse_os_errors
 from megallama.train.inbox import Inbox
@@ -250,15 +251,14 @@ class Team:
         similar = [failure for failure in self.failures if failure.weight == cause.weight]
         agreed = {failure.text for failure in similar} == {cause.text}
         shared = agreed and any(failure.rank == 0 for failure in similar)
-        prefix = f"rank {cause.rank}: "
-        if shared or cause.kind != "error" or cause.text.startswith(prefix):
-            prefix = ""
+        own = shared or cause.kind not in ("error", "follows")
+        text = cause.text if own else said_by(cause.rank, cause.text)
         kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
         kind = kinds.get(cause.code, UserError) if cause.kind == "error" else LostError
         verdicts = (
             f.text for f in self.failures if f.text.startswith(f"rank {cause.rank} is lost")
         )
-        words = "; ".join([prefix + cause.text, *dict.fromkeys(verdicts)])
+        words = "; ".join([text, *dict.fromkeys(verdicts)])
         error = kind(words)
         error.exit_code = cause.code
         return error

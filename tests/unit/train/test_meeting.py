@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from torch import AcceleratorError
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from megallama.errors import ConfigError, CorruptError, LostError, UserError
@@ -95,6 +97,35 @@ def test_an_error_of_one_is_every_ones(
 
     expected = (kind, f"rank {min(failing)}: no spaß", kind.exit_code)
     assert together(connect, body) == [(expected, "next")] * SIZE
+
+
+def test_a_gpu_that_fails_in_a_meeting_is_named_to_all(connect: Connect) -> None:
+    """Though the lowest rank says something that follows from it."""
+
+    def body(here: Meeting) -> str:
+        def do() -> str:
+            if here.process.rank == 2:
+                raise AcceleratorError("CUDA error: unspecified launch failure\nMore")
+            raise LostError("a NCCL operation failed", follows=True)
+
+        return here.hold(do)
+
+    errors = together(connect, body)
+    host = socket.gethostname()
+    line = f"the GPU of rank 2 (host {host}) failed: CUDA error: unspecified launch failure"
+    assert described(errors) == [(LostError, f"{line}; try again without that machine")] * SIZE
+    assert not any(error.follows for error in errors)
+
+
+def test_what_follows_from_another_s_end_still_does_where_it_is_heard(connect: Connect) -> None:
+    def body(here: Meeting) -> str:
+        def do() -> str:
+            raise LostError(f"rank {here.process.rank} lost it", peer=9)
+
+        return here.hold(do)
+
+    errors = together(connect, body)
+    assert [(str(error), error.follows) for error in errors] == [("rank 0 lost it", True)] * SIZE
 
 
 def test_an_error_of_the_conclusion_is_every_ones(connect: Connect) -> None:

@@ -83,7 +83,7 @@ inline cudaStream_t stream(const Launch& launch) {
 inline void launched(const char* op) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(error));
 }
 
 // f(static_cast<T*>(nullptr)) for the launch's element type T, where there is anything to do.

@@ -24,7 +24,7 @@ from megallama.train.build import Trainer, build_trainer
 from megallama.train.device import device_name, forget_peak_memory
 from megallama.train.doctor import versions
 from megallama.train.meeting import Meeting
-from megallama.train.memory import explained_shortage, refuse_too_large
+from megallama.train.memory import explained, refuse_too_large
 from megallama.train.process import ALONE, Process
 from megallama.train.throughput import speed
 
@@ -39,7 +39,7 @@ def bench(config: Config, steps: int, warmup: int, process: Process = ALONE) -> 
     meeting = Meeting(process, "bench")
     dataset = same_everywhere(config, meeting)
     meeting.hold(lambda: refuse_too_large(config, process))
-    with explained_shortage(config, process):
+    with explained(config, process):
         trainer = build_trainer(config, process)
         forget_peak_memory(trainer.device)
         batch_of = batches(config, dataset, trainer.place)

@@ -30,6 +30,7 @@ from megallama.dist.group import Group
 from megallama.kernels.rms_norm import rms_norm_forward
 from megallama.spec.flops import peak_flops
 from megallama.train.device import DTYPES, device_name
+from megallama.train.failures import explained_loss
 from megallama.train.fits import fit_line, fit_rate
 from megallama.train.kernel_calls import CPU, CUDA, EPS, Call, Kernels
 from megallama.train.meeting import Meeting
@@ -46,7 +47,7 @@ LARGEST_GATHER = 2**30
 def calibrate(process: Process, device: torch.device) -> dict[str, Any]:
     """The constants of this machine, alike on every rank.
 
-    Raises LostError where another rank does not answer.
+    Raises LostError where another rank does not answer, or a device fails.
     """
     groups = connect(
         process.store,
@@ -56,7 +57,7 @@ def calibrate(process: Process, device: torch.device) -> dict[str, Any]:
         hostname=process.hostname,
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explained_loss(process):
             own = Calibration(groups["calibrate"], device).constants()
     finally:
         groups.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from megallama.train.process import Process
 
 #: What an out-of-memory error is called by those that have no class for it.
 SHORTAGES = ("can't allocate memory", "not enough memory", "out of memory")
-#: cuBLAS's words for a device that failed; they come as plain RuntimeErrors.
-FAILURES = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_INTERNAL_ERROR")
+#: What plain RuntimeErrors say of a device that failed: those of our own kernels and of parts of
+#: PyTorch, and cuBLAS's two. Its other words are of faulty calls.
+FAILURE = re.compile(
+    r"CUDA error: (?!CU\w+_STATUS_)|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
+)
 #: What any device answers to the same faulty call: a bug, and no machine's fault.
 BUGS = (
     "device-side assert",
@@ -46,13 +50,14 @@ def explained_loss(process: Process) -> Iterator[None]:
         if is_shortage(error) or _says(error, BUGS):
             raise
         reason = str(error).partition("\n")[0]
-        if isinstance(error, AcceleratorError) or _says(error, FAILURES):
+        if isinstance(error, AcceleratorError) or FAILURE.search(reason):
             raise LostError(
                 f"the GPU of rank {process.rank} (host {socket.gethostname()}) failed: {reason}; "
                 "try again without that machine"
             ) from error
         if isinstance(error, DistError):
-            raise LostError(f"a NCCL operation failed ({reason}); try again") from error
+            words = f"a NCCL operation failed ({reason}); try again"
+            raise LostError(words, follows=True) from error
         raise
 
 

@@ -17,12 +17,11 @@ from megallama.train.build import NO_DATA, Trainer, build_trainer
 from megallama.train.changed import changed_keys
 from megallama.train.console import Console
 from megallama.train.device import bf16_is_emulated
-from megallama.train.failures import explained_loss
 from megallama.train.init_from import take_weights, with_origin
 from megallama.train.lease import sole_writer
 from megallama.train.loop import Loop
 from megallama.train.meeting import Meeting
-from megallama.train.memory import explained_shortage, refuse_too_large
+from megallama.train.memory import explained, refuse_too_large
 from megallama.train.process import ALONE, Process
 from megallama.train.pulse import Pulse
 from megallama.train.resume import begin, candidates
@@ -58,8 +57,7 @@ def train(
             raise ConfigError(NO_DATA)
         meeting.hold(lambda: refuse_too_large(config, process))
         with (
-            explained_shortage(config, process),
-            explained_loss(process),
+            explained(config, process),
             Console(config.train.total_steps, config.log.every, not meeting.leads) as console,
         ):
             say = console.message

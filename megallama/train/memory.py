@@ -128,8 +128,7 @@ def needed(config: Config, grid: Grid, room: Room) -> int:
 
 def refuse_too_large(config: Config, process: Process) -> str:
     """Refuse a run that cannot fit: the verdict, empty where the system names no memory."""
-    with explained_loss(process):
-        room = find_room(choose_device(config, process.local_rank), process)
+    room = find_room(choose_device(config, process.local_rank), process)
     return verdict(config, make_grid(config, process.size), room) if room else ""
 
 
@@ -164,6 +163,14 @@ def explained_shortage(config: Config, process: Process) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # what they hold is needed for the answer
         raise ConfigError(_shortage(config, process, error)) from error
+
+
+@contextmanager
+def explained(config: Config, process: Process) -> Iterator[None]:
+    """What PyTorch raises within because of a device or a connection is one line that says what to
+    do: `explained_shortage` and `explained_loss`."""
+    with explained_shortage(config, process), explained_loss(process):
+        yield
 
 
 def _shortage(config: Config, process: Process, error: BaseException) -> str:

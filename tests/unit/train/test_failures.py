@@ -37,12 +37,13 @@ def raising(error: Exception) -> Callable[..., None]:
     [
         (torch.AcceleratorError(ECC + ASYNC), f"{GPU}{ECC}{AWAY}"),
         (RuntimeError(CUBLAS), f"{GPU}{CUBLAS}{AWAY}"),
+        (RuntimeError(f"rms_norm: {ECC}"), f"{GPU}rms_norm: {ECC}{AWAY}"),
         (
             DistBackendError("NCCL error: unhandled system error\nLast error:"),
             "a NCCL operation failed (NCCL error: unhandled system error); try again",
         ),
     ],
-    ids=["device", "cuBLAS", "NCCL"],
+    ids=["device", "cuBLAS", "our own kernel", "NCCL"],
 )
 def test_a_loss_is_one_line(error: Exception, words: str) -> None:
     with pytest.raises(LostError) as caught, explained_loss(ALONE):
@@ -54,6 +55,8 @@ def test_a_loss_is_one_line(error: Exception, words: str) -> None:
     "error",
     [
         RuntimeError("shapes cannot be multiplied"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx`"),
+        RuntimeError("rope: CUDA error: invalid configuration argument"),
         torch.AcceleratorError("CUDA error: device-side assert triggered"),
         torch.AcceleratorError("CUDA error: no kernel image is available for execution"),
         torch.AcceleratorError("CUDA error: out of memory"),
@@ -92,6 +95,18 @@ def test_a_device_without_memory_is_no_lost_one(
     monkeypatch.setattr(TrainStep, "run", raising(error))
     assert main(["train", str(config_file())]) == EXIT_CONFIG
     assert "has no memory left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_both_commands_say_alike_what_a_device_failed_of(
+    config_file: ConfigFile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setattr(TrainStep, "run", raising(torch.AcceleratorError(ECC)))
+    assert main([command, str(config_file())]) == EXIT_LOST
+    assert capsys.readouterr().err == f"megallama: error: {GPU}{ECC}{AWAY}\n"
 
 
 class Work:

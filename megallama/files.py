@@ -151,11 +151,11 @@ def sync_path(path: Path) -> None:
 
 
 class Disk:
-    """All that a checkpoint asks of the file system, one method an operation.
+    """All that a checkpoint and a run's log ask of the file system, one method an operation.
 
-    It is an argument wherever checkpoints are written or read, so that tests can hand in one that
-    fails at a given operation, or that forgets what was not synced. Every method raises OSError
-    where the system refuses.
+    It is an argument wherever they are written or read, so that tests can hand in one that fails at
+    a given operation, or that forgets what was not synced. Every method raises OSError where the
+    system refuses.
     """
 
     def make(self, directory: Path) -> None:
@@ -195,6 +195,22 @@ class Disk:
     def append(self, descriptor: int, data: memoryview) -> None:
         while data:
             data = data[os.write(descriptor, data) :]
+
+    def open_log(self, path: Path) -> int:
+        """A descriptor that reads a file and adds to its end; it is made where there is none."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def extend(self, descriptor: int, line: bytes) -> None:
+        """Add to the end of a log, in one write: a kill leaves it out, or a part of the last line.
+
+        After an error a part of it may be there, too.
+        """
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cut(self, descriptor: int, size: int) -> None:
+        """Leave the first bytes of a file. A full disk has room for that."""
+        os.ftruncate(descriptor, size)
 
     def sync(self, descriptor: int) -> None:
         os.fsync(descriptor)

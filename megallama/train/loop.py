@@ -279,7 +279,7 @@ class Loop:
         path = self.directory / "metrics.jsonl"
         if self.meeting.leads:
             with refuse_os_errors("write", path):
-                writer = stack.enter_context(MetricsWriter(path))
+                writer = stack.enter_context(MetricsWriter(path, self.saver.disk))
             self.metrics = PatientWriter(writer, self.console.message)
             stack.callback(self.metrics.finish)
         return self._take_rows_back()

@@ -14,7 +14,6 @@ steps that were undone are gone. Losses are in nats a token.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -27,46 +26,51 @@ from typing import Any
 
 from megallama.config.schema import COUNT_LIMIT
 from megallama.errors import CorruptError, UserError
-from megallama.files import refuse_os_errors, write_atomic
+from megallama.files import Disk, refuse_os_errors
 
 Row = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends rows to `path`. One writer a file; made by one rank only."""
+    """Appends rows to `path`. One writer a file; made by one rank only.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    Raises OSError where the system refuses, and so does `write`.
+    """
+
+    def __init__(self, path: Path | str, disk: Disk | None = None) -> None:
+        self.path, self._disk = Path(path), disk or Disk()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._torn_at: int | None = None
-        self._fd = self._open()
+        self._fd = self._disk.open_log(self.path)
+        self._mend_tail()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row. Raises OSError, with the file as it was, where the disk is full."""
         line = _encode(row)
         self._mend()
-        start = os.fstat(self._fd).st_size
-        if os.write(self._fd, line) != len(line):
+        start = self._disk.size(self._fd)
+        try:
+            self._disk.extend(self._fd, line)
+        except OSError:
             self._torn_at = start
             self._mend()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            raise
 
     def truncate_after(self, step: int) -> int:
         """Drop every row of a later step than `step` (a resumed run writes them again).
 
-        The file is replaced whole, so a kill leaves the old rows or the new ones. Returns the
-        number of rows dropped.
+        Rows are in the order of their steps, so the file is cut at the first of them: a kill leaves
+        all rows or those that stay, and a full disk refuses nothing. Returns the number of rows
+        dropped. Raises OSError, and CorruptError as `read_metrics`.
         """
-        kept, dropped = [], 0
+        self._mend()
+        end = dropped = 0
         for line, row in _scan(self.path):
-            if row["step"] > step:
-                dropped += 1
-            else:
-                kept.append(line)
+            dropped += dropped > 0 or row["step"] > step
+            end += 0 if dropped else len(line)
         if dropped:
-            write_atomic(self.path, b"".join(kept))
-            self.close()
-            self._fd = self._open()
+            self._disk.cut(self._fd, end)
+            self._disk.sync(self._fd)  # or a power failure might bring them back among later ones
         return dropped
 
     def close(self) -> None:
@@ -88,13 +92,24 @@ class MetricsWriter:
     def _mend(self) -> None:
         """Cut the part of a row that was written; a failing disk may refuse that for a while."""
         if self._torn_at is not None:
-            os.ftruncate(self._fd, self._torn_at)
+            self._disk.cut(self._fd, self._torn_at)
             self._torn_at = None
 
-    def _open(self) -> int:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        _mend_tail(fd)
-        return fd
+    def _mend_tail(self) -> None:
+        """Cut a torn last line; give one that lacks only its newline the newline."""
+        size = end = self._disk.size(self._fd)
+        tail = b""
+        while end and b"\n" not in tail:
+            start = max(0, end - 4096)
+            tail = os.pread(self._fd, end - start, start) + tail
+            end = start
+        last = tail.rpartition(b"\n")[2]
+        if not last:
+            return
+        if _parse(last) is None:
+            self._disk.cut(self._fd, size - len(last))
+        else:
+            self._disk.extend(self._fd, b"\n")
 
 
 class PatientWriter:
@@ -194,20 +209,3 @@ def _parse(line: bytes) -> Row | None:
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return row if type(step) is int and 0 <= step < COUNT_LIMIT else None
-
-
-def _mend_tail(fd: int) -> None:
-    """Cut a torn last line; give one that lacks only its newline the newline."""
-    size = end = os.fstat(fd).st_size
-    tail = b""
-    while end and b"\n" not in tail:
-        start = max(0, end - 4096)
-        tail = os.pread(fd, end - start, start) + tail
-        end = start
-    last = tail.rpartition(b"\n")[2]
-    if not last:
-        return
-    if _parse(last) is None:
-        os.ftruncate(fd, size - len(last))
-    else:
-        os.write(fd, b"\n")

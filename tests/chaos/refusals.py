@@ -1,4 +1,4 @@
-"""Whole runs whose disk refuses an operation of a save: once, or from then on. The run lives on or
+"""Whole runs whose disk refuses an operation of a save or of a row: once, or from then on. The run lives on or
 ends by its documented code, the checkpoint before is intact, and what goes on from it is the run
 that nothing was refused to.
 
@@ -39,6 +39,9 @@ from tests.dist.processes import LOCAL, run_on
 
 RANKS = {"one": 1, "data": 2}
 CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+#: What saves ask of the disk, and then metrics.jsonl, of rank 0's.
+OPEN, ROW = "open_log", "extend"
+KINDS = (*CHANGES, OPEN, ROW)
 #: Saves at steps 2, 4 and 6; the last deletes the first.
 SECTIONS: dict[str, Mapping[str, Any]] = {
     "train": {"steps": 6, "precision": "fp32"},
@@ -49,8 +52,8 @@ SECTIONS: dict[str, Mapping[str, Any]] = {
 
 
 class Refusal(NamedTuple):
-    """The `call`th operation of a kind, from 1, that a rank's saves ask for; `lasting`: and all
-    later ones."""
+    """The `call`th operation of a kind, from 1, that a rank asks for; `lasting`: and all later
+    ones."""
 
     layout: str
     rank: int
@@ -93,7 +96,7 @@ class Range:
         return load_config(self.path, [f"run.name={name}"])
 
     def every(self, layout: str) -> Iterator[Refusal]:
-        """All that a run's saves ask of the disk, with every code, once and for ever."""
+        """All that a run asks of the disk, with every code, once and for ever."""
         for rank, end in enumerate(self.straight(layout)):
             for kind, calls in end.calls.items():
                 for call in range(1, calls + 1):
@@ -112,14 +115,13 @@ class Range:
             again = self._run(config, refusal.layout)
             if any(end.code for end in again):
                 faults.append(f"it did not go on: {again}")
-        faults += _unlike(config, reference)
-        return faults
+        return [*faults, *_unlike(config, reference, refusal)]
 
     def _run(self, config: Config, layout: str, refusal: Refusal | None = None) -> list[Ended]:
         def body(rank: int, store: Store) -> Ended:
             before: list[str | None] = []
-            calls = dict.fromkeys(CHANGES, 0)
-            for kind in CHANGES:
+            calls = dict.fromkeys(KINDS, 0)
+            for kind in KINDS:
                 here = refusal is not None and (refusal.rank, refusal.kind) == (rank, kind)
                 _watch(
                     kind, calls, refusal if here else None, lambda: before.append(_newest(config))
@@ -141,7 +143,7 @@ class Range:
 def _watch(
     kind: str, calls: dict[str, int], refusal: Refusal | None, refused: Callable[[], None]
 ) -> None:
-    """Count this process's operations of a kind on the disk of saves, and refuse as asked."""
+    """Count this process's operations of a kind on its disk, and refuse as asked."""
     real = getattr(DISK, kind)
 
     def sometimes(*arguments: Any) -> Any:
@@ -162,10 +164,12 @@ def _newest(config: Config) -> str | None:
 
 
 def _wrong_ends(ends: list[Ended], refusal: Refusal) -> Iterator[str]:
-    """Every rank ends alike, by the code of the refusal or by none, and one says what it was."""
+    """Every rank ends alike, by the code of the refusal or by none, and one says what it was. What
+    is refused but once ends no run that has begun."""
+    ends_it = refusal.lasting or refusal.kind == OPEN
     kind = LostError if refusal.code == errno.EIO else ConfigError
     codes = {end.code for end in ends}
-    if len(codes) > 1 or codes - {0, kind.exit_code} or (codes != {0} and not refusal.lasting):
+    if len(codes) > 1 or codes - {0, kind.exit_code} or (codes != {0} and not ends_it):
         yield f"exit codes {[end.code for end in ends]}: {[end.error for end in ends]}"
     told = "".join(end.output + end.error for end in ends)
     if os.strerror(refusal.code) not in told:
@@ -190,7 +194,9 @@ def _failures(end: Ended) -> list[str]:
     return [line for line in end.output.splitlines() if "no checkpoint of" in line] + [end.error]
 
 
-def _unlike(config: Config, reference: Config) -> Iterator[str]:
+def _unlike(config: Config, reference: Config, refusal: Refusal) -> Iterator[str]:
+    """What of a run's end is not as if nothing had been refused. Rows that the disk takes no more
+    are lost, and no others."""
     ours, theirs = (
         committed_checkpoints(c.run.directory / "checkpoints")[-1] for c in (config, reference)
     )
@@ -203,6 +209,8 @@ def _unlike(config: Config, reference: Config) -> Iterator[str]:
         [row for row in losses(c.run.directory) if "failed_save" not in dict(row)]
         for c in (config, reference)
     )
+    if refusal.kind == ROW and refusal.lasting:
+        wanted = wanted[: refusal.call - 1]
     if rows != wanted:
         yield "the rows differ"
 

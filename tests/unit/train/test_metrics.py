@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallama.errors import CorruptError, LostError
-from megallama.train import metrics
+from megallama.errors import ConfigError, CorruptError, LostError, UserError
 from megallama.train.metrics import MetricsWriter, PatientWriter, read_metrics
+from tests.chaos.disks import refusing
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_each_row_is_one_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return real(fd, data)
 
     with MetricsWriter(path) as writer:
-        monkeypatch.setattr(metrics.os, "write", spy)
+        monkeypatch.setattr(os, "write", spy)
         writer.write({"step": 1, "loss": 2.0})
         writer.write({"step": 2, "loss": 1.0})
     assert [json.loads(data)["step"] for data in writes] == [1, 2]
@@ -185,7 +185,7 @@ def test_a_short_write_is_undone(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     real = os.write
     with MetricsWriter(path) as writer:
         writer.write({"step": 1})
-        monkeypatch.setattr(metrics.os, "write", lambda fd, data: real(fd, data[:5]))
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:5]))
         with pytest.raises(OSError) as caught:
             writer.write({"step": 2})
         monkeypatch.undo()
@@ -194,20 +194,45 @@ def test_a_short_write_is_undone(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["step"] for row in read_metrics(path)] == [1, 3]
 
 
+@pytest.mark.parametrize("code, kind", [(errno.EIO, LostError), (errno.EDQUOT, ConfigError)])
 def test_a_truncation_that_fails_leaves_every_row(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, code: int, kind: type[UserError]
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EIO, "disk")
+    write_steps(path, range(1, 4))
+    with MetricsWriter(path, refusing("cut", 1, code)) as writer:
+        with pytest.raises(kind) as caught:
+            PatientWriter(writer, lambda text: None).take_back(1)
+        writer.write({"step": 4})
+    assert str(caught.value) == f"cannot write {path}: {os.strerror(code)}"
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
 
+
+def test_a_full_disk_refuses_no_truncation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is written, and no file made, to drop others."""
     write_steps(path, range(1, 4))
     with MetricsWriter(path) as writer:
-        monkeypatch.setattr(os, "replace", fail)
-        with pytest.raises(LostError, match="disk"):
-            writer.truncate_after(1)
-        writer.write({"step": 4})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
-    assert os.listdir(path.parent) == ["metrics.jsonl"]
+        for name in ("write", "open", "replace", "mkdir"):
+            monkeypatch.delattr(os, name)
+        assert writer.truncate_after(2) == 1
+        monkeypatch.undo()
+        writer.write({"step": 3, "again": True})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    assert read_metrics(path)[2] == {"step": 3, "again": True}
+
+
+def test_rows_are_taken_back_behind_one_that_a_full_disk_tore(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch)
+    with MetricsWriter(path) as writer:
+        rows = PatientWriter(writer, lambda text: None)
+        for step in (1, 2, 3):
+            disk.room = 5 if step == 3 else None
+            rows.write({"step": step})
+        disk.room = None
+        rows.take_back(1)
+        rows.write({"step": 2, "again": True})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2, "again": True}]
 
 
 def test_a_killed_writer_leaves_whole_lines(path: Path) -> None:
@@ -236,8 +261,8 @@ class FullDisk:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.room: int | None = None
         self._write, self._cut = os.write, os.ftruncate
-        patch.setattr(metrics.os, "write", self.write)
-        patch.setattr(metrics.os, "ftruncate", self.cut)
+        patch.setattr(os, "write", self.write)
+        patch.setattr(os, "ftruncate", self.cut)
 
     def write(self, fd: int, data: bytes) -> int:
         if self.room is None or fd < 3:

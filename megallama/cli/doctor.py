@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from megallama import __version__
     from megallama.errors import EXIT_CONFIG, EXIT_DONE
-    from megallama.files import refuse_os_errors
+    from megallama.files import write_atomic
     from megallama.train.finding import Finding, packages
 
     found = [Finding("megallama", __version__)]
@@ -67,6 +67,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"{broken} broken, {notes} to mind" if broken or notes else "all is well")
     if args.json:
         report = {"working": not broken, "findings": [asdict(finding) for finding in found]}
-        with refuse_os_errors("write", args.json):
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(args.json, json.dumps(report, indent=1).encode() + b"\n")
     return EXIT_CONFIG if broken else EXIT_DONE

@@ -29,11 +29,13 @@ def run(args: argparse.Namespace) -> int:
 
     from megallama.cli.report_prediction import predict_run
     from megallama.errors import EXIT_DONE
-    from megallama.files import refuse_os_errors
+    from megallama.files import refuse_overwriting, write_atomic
     from megallama.train.comparison import compare
-    from megallama.train.record import read_run, summarise
+    from megallama.train.record import CONFIG, METRICS, read_run, summarise
     from megallama.train.report import write_report
 
+    if args.json is not None:
+        refuse_overwriting([args.json], [args.run_dir / name for name in (METRICS, CONFIG)])
     run = read_run(args.run_dir)
     comparison = compare(run, read_run(args.against)) if args.against else None
     predicted = predict_run(run, args.run_dir, args.gpu) if args.gpu else None
@@ -46,6 +48,5 @@ def run(args: argparse.Namespace) -> int:
         more = (comparison.figures() if comparison else {}) | (
             predicted.figures() if predicted else {}
         )
-        with refuse_os_errors("write", args.json):
-            args.json.write_text(json.dumps(summarise(run) | more, indent=2) + "\n")
+        write_atomic(args.json, json.dumps(summarise(run) | more, indent=2).encode() + b"\n")
     return EXIT_DONE

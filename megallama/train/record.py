@@ -19,6 +19,7 @@ from megallama.spec.parameters import parameter_table
 from megallama.train.metrics import Row, read_metrics
 from megallama.train.trace import Timeline, read_timeline
 
+METRICS, CONFIG = "metrics.jsonl", "config.yaml"
 LARGEST = 1e30  # a figure beyond it was written by hand, and its square may not be drawn
 
 
@@ -42,14 +43,14 @@ def read_run(run_dir: Path) -> RunRecord:
     way_out = "give a run directory, such as runs/NAME"
     if not run_dir.is_dir():
         raise ConfigError(f"there is no run directory {run_dir}: {way_out}")
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     if not path.is_file():
         raise ConfigError(f"{run_dir} has no metrics.jsonl: {way_out} whose training has started")
     rows = read_metrics(path)
     steps = _latest(row for row in rows if "loss" in row)
     if not steps:
         raise ConfigError(f"{path} has no step yet: wait for the first step, then report again")
-    config = _read_config(run_dir / "config.yaml")
+    config = _read_config(run_dir / CONFIG)
     return RunRecord(
         name=_text(_section(config, "run").get("name") or run_dir.resolve().name),
         steps=steps,

@@ -1,6 +1,6 @@
-"""Whole runs whose disk refuses an operation of a save or of a row: once, or from then on. The run lives on or
-ends by its documented code, the checkpoint before is intact, and what goes on from it is the run
-that nothing was refused to.
+"""Whole runs whose disk refuses an operation of a save or of a row: once, or from then on. The run
+lives on or ends by its documented code, the checkpoint before is intact, and what goes on from it
+is the run that nothing was refused to.
 
     python -m tests.chaos.refusals --n 200 --seed 0
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
+from megallama import files
 from megallama.cli.main import main
 from megallama.data.token_files import TokenFileWriter
 from megallama.data.tokenizer import train_tokenizer
@@ -300,3 +302,24 @@ def test_a_json_that_cannot_be_written_loses_no_figure(
     assert shown.err.count("\n") == 1
     assert (run / "report" / "index.html").exists()
     assert str(run / "report" / "index.html") in shown.out
+
+
+def test_a_json_is_the_old_one_or_the_new_one(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, old = tmp_path / "run", tmp_path / "old.json"
+    run.mkdir()
+    (run / "config.yaml").write_text("run: {name: a}\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 2.0}\n')
+    old.write_text("{}")
+    real = files.sync
+
+    def full(file: BinaryIO) -> None:
+        if Path(file.name).name.startswith(old.name):
+            raise OSError(errno.ENOSPC, "full")
+        real(file)
+
+    monkeypatch.setattr(files, "sync", full)
+    for words in (["report", run], ["doctor", "--root", tmp_path]):
+        assert f"cannot write {old}: full" in refused(78, *words, "--json", old)
+        assert old.read_text() == "{}"

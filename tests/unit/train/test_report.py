@@ -464,6 +464,14 @@ def test_the_command_writes_the_report_and_the_figures(
     assert content["model"] == MODEL
 
 
-def test_the_command_names_a_json_path_that_cannot_be(run_dir: Path, tmp_path: Path) -> None:
+def test_the_command_writes_over_nothing_that_it_reads(run_dir: Path) -> None:
+    for name in ("metrics.jsonl", "config.yaml"):
+        before = (run_dir / name).read_bytes()
+        with pytest.raises(ConfigError, match=f"{name}: is read and would be written over"):
+            command.run(parse(str(run_dir), "--json", str(run_dir / name)))
+        assert (run_dir / name).read_bytes() == before
+
+
+def test_the_command_names_a_json_path_that_cannot_be(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot write .*nowhere.*figures\.json"):
-        command.run(parse(str(run_dir), "--json", str(tmp_path / "nowhere" / "figures.json")))
+        command.run(parse(str(run_dir), "--json", "/dev/null/nowhere/figures.json"))

@@ -157,8 +157,8 @@ def test_a_job_outlives_a_requeue_a_lost_node_and_the_time_limit(bench: Bench) -
     ended = bench.state(first)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), bench.log("wide", first)
     assert "attempt 2 on n1,n3,n4,n5" in bench.log("wide", first)
-    history = json.loads((bench.folder / "runs/wide/slurm/history.json").read_text())
-    assert history["failures"] == {"n2": 1}
+    history = bench.folder / f"runs/wide/slurm/history/{first}.json"
+    assert json.loads(history.read_text())["failures"] == {"n2": 1}
     ended = bench.state(second)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1")
     wait_for("the end of its script", lambda: second not in bench.cluster.run("squeue", "-h"))

@@ -116,7 +116,7 @@ def _again(history: History, job: Job, reason: str) -> Decision:
     """Another attempt here where there are nodes and time for it, or else in another allocation."""
     possible = len(job.candidates(history)) >= job.wanted and not job.asked
     if possible and history.may_relaunch:
-        count = f"{history.counts.attempts} of {MOST_ATTEMPTS} without a newer checkpoint"
+        count = f"{history.attempts} of {MOST_ATTEMPTS} without a newer checkpoint"
         return "relaunch", f"job: {reason}; starting again ({count})"
     return _requeue(history, reason)
 
@@ -131,9 +131,9 @@ def _requeue(history: History, reason: str) -> Decision:
 
 
 def _known(node: str, history: History) -> str:
-    count = history.failures.get(node, 0)
+    count = history.failed(node)
     times = "once" if count == 1 else f"{count} times"
-    return f"{node}: failed {times} before; left out (history.json)"
+    return f"{node}: failed {times} before; left out (history/)"
 
 
 def _floor(all_health: Sequence[Health]) -> float:

@@ -230,7 +230,7 @@ def test_what_the_script_calls(
     lost = "rank 1 is lost: rank 0 waited for it to send x (group 'data'); try again"
     (first / "rank-0.log").write_text(f"a step\nmegallama: error: {lost}\n")
     assert said("after", first, *job, "--code", 137, "--ranks-per-node", 1) == "relaunch"
-    assert json.loads((work / "history.json").read_text())["failures"] == {"n2": 1}
+    assert json.loads((work / "history/7.json").read_text())["failures"] == {"n2": 1}
 
     second = attempt(2)
     assert said("usable", second, "--allocated", "n1,n2,n3") == "n1,n3"
@@ -251,7 +251,7 @@ def test_an_action_is_said_where_the_history_cannot_be_written(
     assert launch("choose", folder, *job) == 0
     shown = capsys.readouterr()
     assert shown.out == "relaunch\n"
-    assert "history.json: cannot be written" in shown.err
+    assert "history/7.json: cannot be written" in shown.err
 
 
 LOCAL = {

@@ -18,7 +18,7 @@ from megallama.train.replicas import Difference
 from megallama.train.slurm.attempt import Attempt, Health
 from megallama.train.slurm.cause import blamed, why
 from megallama.train.slurm.decide import Job, after, choose
-from megallama.train.slurm.history import MOST_JOBS, History, Saved, newest_checkpoint, read_history
+from megallama.train.slurm.history import History, Saved, newest_checkpoint, read_history
 
 NODES = ("a", "b", "c", "d")
 ERROR = "megallama: error: "
@@ -213,21 +213,36 @@ def test_crash_loops_end(tmp_path: Path) -> None:
 
 
 def test_another_job_begins_anew_but_knows_nodes_that_failed_often(tmp_path: Path) -> None:
-    history = History(failures={"b": 3})
+    History("6", failures={"b": 2}).write(tmp_path)
+    history = read_history(tmp_path, "7")
     for restarts in range(5):
         history.begin(Attempt(tmp_path / f"7.{restarts}.1"), Saved())
-    history.blame(["a"])
+    history.blame(["a", "b"])
     assert history.left_out == ["a", "b"]
     assert not history.may_requeue
-    history.begin(Attempt(tmp_path / "8.0.1"), Saved())
-    assert history.left_out == ["b"]
-    assert history.may_requeue
-    for number in range(8, 7 + MOST_JOBS):
-        history.begin(Attempt(tmp_path / f"{number}.0.1"), Saved())
-    history.begin(Attempt(tmp_path / "7.4.2"), Saved())
-    assert history.left_out == ["a", "b"], "other jobs wipe nothing"
-    assert not history.may_requeue
-    assert len(history.jobs) == MOST_JOBS
+    history.write(tmp_path)
+    other = read_history(tmp_path, "8")
+    other.begin(Attempt(tmp_path / "8.0.1"), Saved())
+    assert other.left_out == ["b"], "three times, in two jobs"
+    assert other.may_requeue
+    other.write(tmp_path)
+    assert read_history(tmp_path, "7") == history, "other jobs wipe nothing"
+
+
+def test_two_jobs_of_a_run_undo_nothing_of_each_other(tmp_path: Path) -> None:
+    """Though both read before either writes: an array, or a second submission."""
+    both = [read_history(tmp_path, job) for job in ("7", "8")]
+    for history in both:
+        history.begin(Attempt(tmp_path / f"{history.job}.0.1"), Saved(5, "step-00000002"))
+        history.blame(["a", f"only-{history.job}"])
+    for history in both:
+        history.write(tmp_path)
+    for history in both:
+        found = read_history(tmp_path, history.job)
+        assert (found.attempts, found.bad) == (1, ["a", f"only-{history.job}"])
+        assert [found.failed(node) for node in ("a", "only-7", "only-8")] == [2, 1, 1]
+    third = read_history(tmp_path, "9")
+    assert (third.attempts, third.bad, third.failed("a")) == (0, [], 2)
 
 
 @pytest.mark.parametrize("ending", [job(asked="TERM"), job(state="COMPLETING")], ids=str)
@@ -258,8 +273,8 @@ def test_nodes_that_failed_often_are_named_and_asked_of_slurm_no_more(attempt: A
     action, words = choose(attempt, job(wanted=3), history, (99, 101))
     assert action == "requeue b,d"
     assert words.splitlines()[:2] == [
-        "b: failed 3 times before; left out (history.json)",
-        "d: failed once before; left out (history.json)",
+        "b: failed 3 times before; left out (history/)",
+        "d: failed once before; left out (history/)",
     ]
 
 
@@ -292,7 +307,7 @@ def test_an_unwell_node_is_named_and_left_out(
         health(attempt, x=node)
     clock = (100.0, 100.0)
     action, said = choose(attempt, job(wanted=3), history, clock)
-    assert (action, history.counts.bad) == ("train a,c,d", ["b"])
+    assert (action, history.bad) == ("train a,c,d", ["b"])
     assert said == f"{words}; left out"
     action, _ = choose(attempt, job(wanted=4), history, clock)
     assert action == "requeue b"
@@ -311,7 +326,7 @@ def test_an_unfinished_node_is_asked_again_and_not_blamed(attempt: Attempt) -> N
         health(attempt, x=well(node, finished=False))
     history = begun(attempt)
     assert choose(attempt, job(wanted=3), history, (99, 101))[0] == "relaunch"
-    assert history.counts.bad == ["d"]
+    assert history.bad == ["d"]
 
 
 def test_a_node_that_alone_does_not_finish_is_at_fault(attempt: Attempt) -> None:
@@ -320,7 +335,7 @@ def test_a_node_that_alone_does_not_finish_is_at_fault(attempt: Attempt) -> None
         health(attempt, x=well(node, finished=node != "h"))
     history = begun(attempt)
     action, words = choose(attempt, job(wanted=7, allocated=nodes), history, (99, 101))
-    assert (action, history.counts.bad) == ("train a,b,c,d,e,f,g", ["h"])
+    assert (action, history.bad) == ("train a,b,c,d,e,f,g", ["h"])
     assert words == "h: did not finish looking at itself; left out"
 
 
@@ -330,7 +345,7 @@ def test_nodes_that_do_not_finish_are_named(attempt: Attempt) -> None:
         health(attempt, x=well(node, finished=node < "g"))
     history = begun(attempt)
     action, words = choose(attempt, job(wanted=6, allocated=nodes), history, (99, 101))
-    assert (action, history.counts.bad) == ("train a,b,c,d,e,f", [])
+    assert (action, history.bad) == ("train a,b,c,d,e,f", [])
     assert words.splitlines() == [f"{node}: did not finish looking at itself" for node in "gh"]
 
 
@@ -339,14 +354,14 @@ def test_what_all_nodes_lack_is_no_node_s_fault(attempt: Attempt) -> None:
         health(attempt, x=well(node, faults=("cannot write",)))
     history = begun(attempt)
     assert choose(attempt, job(), history, (99, 101))[0] == "relaunch"
-    assert history.counts.bad == []
+    assert history.bad == []
 
 
 def test_few_answers_say_nothing_of_the_silent(attempt: Attempt) -> None:
     health(attempt, x=well("a"))
     history = begun(attempt)
     action, words = choose(attempt, job(), history, (99, 101))
-    assert (action, history.counts.bad) == ("relaunch", [])
+    assert (action, history.bad) == ("relaunch", [])
     assert "b: does not answer\n" in words
 
 
@@ -357,8 +372,9 @@ def test_the_history_outlives_the_job(tmp_path: Path) -> None:
     history.blame(["a"])
     history.write(tmp_path)
     assert read_history(tmp_path, "7") == history
-    for torn in ('{"job": ', '{"job": "7"}', "[]", '{"newest": [], "jobs": []}'):
-        (tmp_path / "history.json").write_text(torn)
+    wrong = '{"newest": [], "failures": {"a": [3]}}'
+    for torn in ('{"job": ', '{"job": "7"}', "[]", '{"newest": [], "failures": []}', wrong):
+        (tmp_path / "history/7.json").write_text(torn)
         with pytest.raises(CorruptError, match="remove it"):
             read_history(tmp_path, "7")
 
@@ -381,7 +397,7 @@ def save(run: Path, step: int, time: int) -> Path:
 def test_progress_is_what_was_written_later(tmp_path: Path) -> None:
     def attempts() -> int:
         history.begin(Attempt(tmp_path / "7.0.1"), newest_checkpoint(tmp_path / "slurm"))
-        return history.counts.attempts
+        return history.attempts
 
     history = History()
     save(tmp_path, 900, time=1)

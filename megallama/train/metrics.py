@@ -59,17 +59,23 @@ class MetricsWriter:
     def truncate_after(self, step: int) -> int:
         """Drop every row of a later step than `step` (a resumed run writes them again).
 
-        Rows are in the order of their steps, so the file is cut at the first of them: a kill leaves
-        all rows or those that stay, and a full disk refuses nothing. Returns the number of rows
-        dropped. Raises OSError, and CorruptError as `read_metrics`.
+        The file is cut at the first of them, for which a full disk has room; a kill leaves all rows
+        or those that stay. Returns the number of rows dropped. Raises OSError, and CorruptError as
+        `read_metrics`.
         """
         self._mend()
-        end = dropped = 0
+        end, dropped, behind = 0, 0, list[bytes]()
         for line, row in _scan(self.path):
-            dropped += dropped > 0 or row["step"] > step
-            end += 0 if dropped else len(line)
+            if row["step"] > step:
+                dropped += 1
+            elif dropped:  # out of order: a job that was taken over may have left a row
+                behind.append(line)
+            else:
+                end += len(line)
         if dropped:
             self._disk.cut(self._fd, end)
+            for line in behind:
+                self._disk.extend(self._fd, line)
             self._disk.sync(self._fd)  # or a power failure might bring them back among later ones
         return dropped
 

@@ -194,6 +194,15 @@ def test_a_short_write_is_undone(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["step"] for row in read_metrics(path)] == [1, 3]
 
 
+def test_rows_out_of_order_stay_as_far_as_they_are_not_later(path: Path) -> None:
+    with MetricsWriter(path) as writer:
+        for step in (1, 5, 2, 6, 3, 4):
+            writer.write({"step": step})
+        assert writer.truncate_after(3) == 3
+        writer.write({"step": 4, "again": True})
+    assert read_metrics(path) == [*({"step": n} for n in (1, 2, 3)), {"step": 4, "again": True}]
+
+
 @pytest.mark.parametrize("code, kind", [(errno.EIO, LostError), (errno.EDQUOT, ConfigError)])
 def test_a_truncation_that_fails_leaves_every_row(
     path: Path, code: int, kind: type[UserError]

@@ -1,4 +1,5 @@
-"""Save a checkpoint directory, and find and delete the ones that a run has; `reader` loads them.
+"""Save a checkpoint directory, and delete the ones that a run has; `folder` finds them, `reader`
+loads them.
 
 Tensors go to safetensors files, one a rank, under `kind/name` (`master/norm.weight`); no pickle is
 written or read.
@@ -13,8 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from megallama.checkpoint.claims import join, pack, unpack
+from megallama.checkpoint.folder import checkpoint_directories
+from megallama.checkpoint.folder import checkpoint_path as checkpoint_path  # part of this face
+from megallama.checkpoint.folder import committed_checkpoints as committed_checkpoints
 from megallama.checkpoint.manifest import MANIFEST, Manifest, holds, read_manifest, write_manifest
-from megallama.checkpoint.rank_file import Rectangle as Rectangle  # part of this face
+from megallama.checkpoint.rank_file import Rectangle as Rectangle
 from megallama.checkpoint.rank_file import write_rank_file
 from megallama.checkpoint.reader import DISK as DISK
 from megallama.checkpoint.reader import Checkpoint as Checkpoint
@@ -22,16 +26,6 @@ from megallama.checkpoint.reader import Want as Want
 from megallama.checkpoint.reader import check_header, opened, read_slice, refuse_gaps
 from megallama.errors import ConfigError, CorruptError
 from megallama.files import Disk, refuse_os_errors
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """The directory of the checkpoint after `step`."""
-    return folder / f"step-{step:08d}"
-
-
-def committed_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return [path for path in _directories(folder) if (path / MANIFEST).exists()]
 
 
 def begin_checkpoint(directory: Path, room: int = 0, disk: Disk = DISK) -> None:
@@ -121,7 +115,7 @@ def prune_checkpoints(
     if keep_every:
         kept |= {path for path in finished if int(path.name[5:]) % keep_every == 0}
     with refuse_os_errors("delete old checkpoints in", folder):
-        for directory in _directories(folder):
+        for directory in checkpoint_directories(folder):
             if directory < newest and directory not in kept:
                 delete_checkpoint(directory, disk)
 
@@ -151,8 +145,3 @@ def _as_json(manifest: Manifest) -> Manifest:
     """As it is once it was read: state and config may have tuples for lists."""
     state, config = (json.loads(json.dumps(part)) for part in (manifest.state, manifest.config))
     return replace(manifest, state=state, config=config)
-
-
-def _directories(folder: Path) -> list[Path]:
-    """Directories with the name of a checkpoint, finished or not, oldest first."""
-    return sorted(folder.glob("step-" + "[0-9]" * 8))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megallama.checkpoint.folder import NOTHING, last_written
 from megallama.errors import ConfigError, LostError
 from megallama.train.local_worker import Work
 
@@ -25,32 +26,26 @@ class Restarts:
         self.limit, self.folder = limit, directory / "checkpoints"
         self.work_from, self.resume = work_from, resume
         self.fruitless = 0
-        self._newest: str | None = None
+        self._newest = NOTHING
 
     def first(self) -> Work:
         """The work of the first attempt. The workers may be forked after this, not before."""
         if self.limit:
-            self._newest = self._saved()
+            self._newest = last_written(self.folder)
         return self.work_from(self.resume)
 
     def again(self, error: LostError) -> Work | None:
         """The work of the next attempt, or None where it is time to give up."""
-        newest = self._saved()
-        if newest != self._newest:
+        newest = last_written(self.folder)
+        if newest.time > self._newest.time:
             self._newest, self.fruitless = newest, 0
         if self.fruitless == self.limit:
             return None
         self.fruitless += 1
-        start = f"from {newest}" if newest else "from its start"
+        start = f"from {newest.name}" if newest.name else "from its start"
         print(
             f"megallama: {error}; restart {self.fruitless} of {self.limit} {start}",
             file=sys.stderr,
             flush=True,
         )
-        return self.work_from("auto" if newest else self.resume)
-
-    def _saved(self) -> str | None:
-        from megallama.checkpoint.store import committed_checkpoints
-
-        committed = committed_checkpoints(self.folder)
-        return committed[-1].name if committed else None
+        return self.work_from("auto" if newest.name else self.resume)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+from megallama.checkpoint.folder import checkpoint_directories
 from megallama.checkpoint.store import committed_checkpoints, delete_checkpoint
 from megallama.config.schema import Config
 from megallama.data.dataset import Dataset
@@ -110,7 +111,7 @@ class Spikes:
         leads to the same spike; left there, one would be resumed after the run has gone back."""
         if self.meeting.leads:
             with refuse_os_errors("delete later checkpoints in", self.folder):
-                for directory in sorted(self.folder.glob("step-" + "[0-9]" * 8)):
+                for directory in checkpoint_directories(self.folder):
                     if directory > path:
                         delete_checkpoint(directory, self.disk)
         return ""

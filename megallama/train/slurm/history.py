@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from megallama.checkpoint.manifest import MANIFEST
+from megallama.checkpoint.folder import NOTHING, Saved, last_written
 from megallama.errors import CorruptError
 from megallama.files import refuse_os_errors, write_atomic
 from megallama.train.slurm.attempt import Attempt
@@ -25,16 +23,6 @@ FOLDER = "history"
 MOST_ATTEMPTS, MOST_ALLOCATIONS = 3, 5
 #: Failures after which a node is left out of every job of the run. One is enough for its own job.
 MOST_FAILURES = 3
-
-
-class Saved(NamedTuple):
-    """When the checkpoint that was written last was written, in ns since 1970, and its name."""
-
-    time: int = 0
-    name: str = ""
-
-
-NOTHING = Saved()
 
 
 @dataclass
@@ -64,8 +52,7 @@ class History:
         self.attempts += 1
 
     def see(self, newest: Saved) -> None:
-        """Count from here on, where there is a newer checkpoint: one written later. A name tells
-        nothing: behind a damaged checkpoint a run saves smaller steps, and a spike deletes some."""
+        """Count from here on, where there is a newer checkpoint: one written later."""
         if newest.time > self.newest.time:
             self.newest, self.attempts, self.allocations = newest, 0, 1
 
@@ -134,9 +121,5 @@ def _read(path: Path) -> History:
 
 
 def newest_checkpoint(work: Path) -> Saved:
-    """The checkpoint of the run that was written last. Imports no torch: seconds count."""
-    found = NOTHING
-    for manifest in (work.parent / "checkpoints").glob(f"step-*/{MANIFEST}"):
-        with suppress(OSError):  # it was deleted just now
-            found = max(found, Saved(manifest.stat().st_mtime_ns, manifest.parent.name))
-    return found
+    """The checkpoint of the run that was written last. Raises UserError."""
+    return last_written(work.parent / "checkpoints")

@@ -40,7 +40,7 @@ from megallama.checkpoint.store import (
     prune_checkpoints,
     write_rank,
 )
-from megallama.errors import ConfigError, CorruptError
+from megallama.errors import ConfigError, CorruptError, LostError, UserError
 from megallama.files import Disk
 
 STATE = {"step": 3, "samples": 12, "rate": 1e-05}
@@ -309,6 +309,25 @@ def test_an_unfinished_directory_is_no_checkpoint_and_is_written_anew(saved: Pat
     assert intact(saved, seed=2)
     assert committed_checkpoints(saved.parent) == [saved]
     assert not (saved / "rank-00007.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["listdir", "stat"])
+@pytest.mark.parametrize("code, kind", [(errno.EACCES, ConfigError), (errno.ESTALE, LostError)])
+def test_what_cannot_be_listed_is_not_taken_for_none(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int, kind: type[UserError]
+) -> None:
+    """A run would begin anew, and write over what there is."""
+
+    def refuse(*path: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(kind) as caught:
+        committed_checkpoints(saved.parent)
+    monkeypatch.undo()
+    assert str(caught.value) == f"cannot list {saved.parent}: {os.strerror(code)}"
+    assert committed_checkpoints(saved.parent) == [saved]
+    assert committed_checkpoints(saved.parent / "nowhere") == []
 
 
 def test_only_directories_of_the_right_name_are_checkpoints(saved: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +19,16 @@ LOST = LostError("rank 1 was killed by SIGKILL")
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[[int], None]:
+    count = 0
+
     def save(step: int) -> None:
+        nonlocal count
+        count += 1
         directory = tmp_path / "checkpoints" / f"step-{step:08d}"
         directory.mkdir(parents=True)
         (directory / "manifest.json").touch()
+        times = count * 10**9  # two of a moment may have the clock's one tick
+        os.utime(directory / "manifest.json", ns=(times, times))
 
     return save
 
@@ -52,6 +60,32 @@ def test_a_new_checkpoint_is_progress(
         assert one.again(LOST) is not None
     assert one.again(LOST) is None
     assert capsys.readouterr().err.endswith("restart 1 of 1 from step-00000009\n")
+
+
+def test_a_smaller_step_behind_a_damaged_checkpoint_is_progress(
+    saved: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(10)  # damaged: the run goes on from an older one
+    one = restarts(tmp_path, 1)
+    one.first()
+    for step in (4, 6, 8):
+        saved(step)
+        assert one.again(LOST) is not None
+    assert one.again(LOST) is None
+    assert capsys.readouterr().err.endswith("restart 1 of 1 from step-00000008\n")
+
+
+def test_a_checkpoint_that_is_deleted_is_no_progress(
+    saved: Callable[[int], None], tmp_path: Path
+) -> None:
+    """A spike deletes those after the one that it goes back to, in every attempt."""
+    one = restarts(tmp_path, 1)
+    saved(4)
+    one.first()
+    saved(6)
+    assert one.again(LOST) is not None
+    shutil.rmtree(tmp_path / "checkpoints/step-00000006")
+    assert one.again(LOST) is None
 
 
 def test_it_resumes_as_it_was_told_until_it_has_a_checkpoint_of_its_own(

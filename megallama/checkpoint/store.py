@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,11 +72,16 @@ def write_rank(
 
 
 def commit_checkpoint(
-    directory: Path, ranks: Iterable[str], facts: Manifest, disk: Disk = DISK
+    directory: Path,
+    ranks: Iterable[str],
+    facts: Manifest,
+    disk: Disk = DISK,
+    may_write: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the written files a checkpoint: it exists once this returns and not before.
 
     `ranks` are what `write_rank` returned; `facts` is the manifest but for its tensors and files.
+    `may_write` is called last before the manifest is written: what it raises prevents that.
 
     Raises:
         ConfigError: the disk refuses.
@@ -91,6 +96,7 @@ def commit_checkpoint(
     held = {text: holds(tensors, set(listed)) for text, listed in names.items()}
     files = tuple(replace(claim.file, holds=held[claim.tensors]) for claim in claims)
     manifest = replace(facts, tensors=tensors, files=files)
+    may_write()
     with refuse_os_errors("write", directory / MANIFEST):
         disk.sync_names(directory)
         write_manifest(directory, manifest, disk)

@@ -42,7 +42,12 @@ class Guard:
         every, saves = self.config.train.check_replicas_every, self.config.checkpoint.every
         due = bool(every) and (step % every == 0 or (bool(saves) and step % saves == 0))
         damaged = self.replicas.compare() if due else False
-        return damaged, self.lease is not None and self.lease.replaced
+        return damaged, self.replaced
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another job is known to have taken over."""
+        return self.lease is not None and self.lease.replaced
 
     def heed(self, alarms: Sequence[bool], step: int) -> None:
         """End the run, unsaved, for what some rank is alarmed by.

@@ -32,6 +32,9 @@ INTERVAL = 10.0
 #: Renewals that must fail to come before a file is called stale. NFS shows another client's file
 #: up to 60 s late: six renewals.
 MISSED = 7
+#: Renewals of this holder's own that failed to come, after which a file that is gone may have been
+#: another's meanwhile: one that a launcher started does not wait.
+SLEPT = 3
 #: Seconds after which a file that was taken over is looked at again.
 SETTLE = 0.2
 
@@ -95,7 +98,7 @@ class Lease:
         self.path, self.holder, self._say = directory / LEASE, holder, say
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._taken_by: Holder | None = None
+        self._refusal = ""
         self._held = False
 
     def take(self) -> None:
@@ -119,7 +122,7 @@ class Lease:
     @property
     def replaced(self) -> bool:
         """Whether another job took over, as the last renewal found."""
-        return self._taken_by is not None
+        return bool(self._refusal)
 
     def check(self) -> None:
         """Make sure that this is still the writer.
@@ -149,7 +152,7 @@ class Lease:
             return
         if other.machine == self.holder.machine:
             if _started(other.pid) == other.started:
-                raise self._refused(other)
+                raise ConfigError(self._refused(other))
             self._say(f"took over from {other}, which is gone")
             return
         patience = MISSED * other.interval
@@ -161,11 +164,11 @@ class Lease:
             if now is None:
                 return
             if now != other:
-                raise self._refused(now)
+                raise ConfigError(self._refused(now))
         self._say(f"took over from {other}, silent for {patience:g} s")
 
-    def _refused(self, other: Holder) -> ConfigError:
-        return ConfigError(
+    def _refused(self, other: Holder) -> str:
+        return (
             f"{self.path.parent}: {other} writes there; wait for its end, stop it, or choose "
             "another run.name"
         )
@@ -173,10 +176,16 @@ class Lease:
     def _refuse_taken(self) -> None:
         with suppress(OSError):  # unreadable for a moment: the next look tells
             found = _read(self.path)
-            if found is not None and found.token != self.holder.token:
-                self._taken_by = found
-        if self._taken_by is not None:
-            raise self._refused(self._taken_by)
+            slept = time.time() - self.holder.time > SLEPT * self.holder.interval
+            if found is None and slept:
+                self._refusal = (
+                    f"{self.path.parent}: another job wrote there while this one was stopped, and "
+                    "has ended; start it again to go on from the newest checkpoint"
+                )
+            elif found is not None and found.token != self.holder.token:
+                self._refusal = self._refused(found)
+        if self._refusal:
+            raise ConfigError(self._refusal)
 
     def _renew(self) -> None:
         while not self._over.wait(self.holder.interval):

@@ -64,13 +64,13 @@ class Loop:
         self.meeting = meeting
         self.config: Config = trainer.config
         self.console = console
-        self.saver = Saver(trainer, dataset, meeting, resumed_from)
+        self.saver = Saver(trainer, dataset, meeting, resumed_from, lease)
         self.directory: Path = self.config.run.directory
         self.total_steps = self.config.train.total_steps
         self.ranks = trainer.place.grid.size
         self.profile = Profile(trainer, meeting, console.message)
         self.guard = Guard(trainer, meeting, lease, console.message)
-        self.spikes = Spikes(trainer, dataset, meeting, self.saver.disk, console.message)
+        self.spikes = Spikes(trainer, dataset, meeting, self.saver.disk, console.message, lease)
 
     def run(self, stop: StopSignals) -> int:
         """Train; return the exit code. Whatever stops all ranks alike, the last step is saved.
@@ -291,7 +291,7 @@ class Loop:
         return ""
 
     def _log(self, row: dict[str, Any]) -> None:
-        if self.metrics:
+        if self.metrics and not self.guard.replaced:  # else the file is another job's
             self.metrics.write(row)
 
     def _tracker(self) -> Tracker:

@@ -25,6 +25,7 @@ from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError, UserError
 from megallama.files import Disk
 from megallama.train.build import Trainer
+from megallama.train.lease import Lease
 from megallama.train.meeting import Meeting
 from megallama.train.snapshot import Progress, Snapshot, rectangles, snapshot, write_snapshot
 from megallama.train.spikes import kept_for
@@ -79,7 +80,9 @@ class HostCopy:
 class Saver:
     """The saves of a run, on one rank; all ranks call it alike.
 
-    `newest`: the run's newest checkpoint as far as this rank has waited for it.
+    `newest`: the run's newest checkpoint as far as this rank has waited for it. `lease`: the right
+    to write, of the rank that leads. A process that was stopped in a save may come back to find
+    that another job does.
     """
 
     def __init__(
@@ -88,9 +91,11 @@ class Saver:
         dataset: Dataset,
         meeting: Meeting,
         newest: Path | None,
+        lease: Lease | None = None,
         disk: Disk = DISK,
     ) -> None:
         self.trainer, self.dataset, self.disk = trainer, dataset, disk
+        self._may_write = lease.check if lease else lambda: None
         self.folder = trainer.config.run.directory / "checkpoints"
         self.newest = newest.resolve() if newest else None
         self._meeting = Meeting(meeting.process, "save", meeting.pulse)
@@ -174,13 +179,14 @@ class Saver:
         is deleted for them.
         """
         try:
-            path = write_snapshot(state, self.folder, self._meeting, self.disk)
+            path = write_snapshot(state, self.folder, self._meeting, self.disk, self._may_write)
         except UserError as error:
             return Ended(state.step, error)
         self.newest = path.resolve()
         config = self.trainer.config.checkpoint
         if self._meeting.leads and not state.facts.state["failures"]:
             try:
+                self._may_write()
                 prune_checkpoints(self.folder, self._kept(path), path, config.keep_every, self.disk)
             except UserError as error:
                 return Ended(state.step, warning=str(error))

@@ -6,7 +6,7 @@ data order and initial weights from the config, so there is no random state to s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
@@ -104,12 +104,23 @@ def save(
     return write_snapshot(snapshot(trainer, progress, dataset), folder, meeting, disk)
 
 
-def write_snapshot(state: Snapshot, folder: Path, meeting: Meeting, disk: Disk) -> Path:
-    """What `save` does, of a snapshot; every rank returns or raises alike."""
+def write_snapshot(
+    state: Snapshot,
+    folder: Path,
+    meeting: Meeting,
+    disk: Disk,
+    may_write: Callable[[], None] = lambda: None,
+) -> Path:
+    """What `save` does, of a snapshot; every rank returns or raises alike.
+
+    `may_write`: rank 0 calls it before it makes, commits or deletes anything; it raises ConfigError
+    where another job has taken the run over, who may be saving the same step.
+    """
     directory = checkpoint_path(folder, state.step)
 
     def begin() -> str:
         if meeting.leads:
+            may_write()
             begin_checkpoint(directory, state.bytes, disk)
         return ""
 
@@ -117,7 +128,7 @@ def write_snapshot(state: Snapshot, folder: Path, meeting: Meeting, disk: Disk) 
         return write_rank(directory, meeting.process.rank, state.rectangles, disk)
 
     def commit(ranks: Sequence[str]) -> str:
-        commit_checkpoint(directory, ranks, state.facts, disk)
+        commit_checkpoint(directory, ranks, state.facts, disk, may_write)
         return ""
 
     meeting.hold(begin)
@@ -126,7 +137,8 @@ def write_snapshot(state: Snapshot, folder: Path, meeting: Meeting, disk: Disk) 
     except UserError as error:
         # Nobody writes any more, unless a rank is lost: what there is takes room on a full disk.
         if meeting.leads and not isinstance(error, LostError):
-            with suppress(OSError):
+            with suppress(OSError, ConfigError):
+                may_write()
                 delete_checkpoint(directory, disk)
         raise
     return directory

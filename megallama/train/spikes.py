@@ -22,6 +22,7 @@ from megallama.data.dataset import Dataset
 from megallama.errors import ConfigError, DivergedError
 from megallama.files import Disk, refuse_os_errors
 from megallama.train.build import Trainer
+from megallama.train.lease import Lease
 from megallama.train.meeting import Meeting
 from megallama.train.resume import begin
 from megallama.train.snapshot import Progress
@@ -29,7 +30,7 @@ from megallama.train.tally import StepResult
 
 
 class Spikes:
-    """One rank's; all ranks call it alike."""
+    """One rank's; all ranks call it alike. `lease`: the right to write, of the rank that leads."""
 
     def __init__(
         self,
@@ -38,8 +39,10 @@ class Spikes:
         meeting: Meeting,
         disk: Disk,
         say: Callable[[str], None],
+        lease: Lease | None = None,
     ) -> None:
         self.trainer, self.dataset, self.meeting = trainer, dataset, meeting
+        self.lease = lease
         self.disk, self._say = disk, say
         self.config: Config = trainer.config
         self.rule = trainer.config.train.spike
@@ -109,6 +112,8 @@ class Spikes:
     def _abandon(self, path: Path) -> str:
         """Delete what is later than `path`. Until then a run that is killed goes on from one that
         leads to the same spike; left there, one would be resumed after the run has gone back."""
+        if self.lease is not None:
+            self.lease.check()
         if self.meeting.leads:
             with refuse_os_errors("delete later checkpoints in", self.folder):
                 for directory in checkpoint_directories(self.folder):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megallama.checkpoint.store import committed_checkpoints
 from megallama.config.schema import Config
 from megallama.errors import ConfigError, LostError
+from megallama.files import Disk
 from megallama.train.build import build_trainer
 from megallama.train.console import Console
 from megallama.train.guard import Guard
@@ -20,6 +23,7 @@ from megallama.train.lease import LEASE, Lease, this_process
 from megallama.train.meeting import Meeting
 from megallama.train.metrics import Row
 from megallama.train.process import ALONE
+from megallama.train.saver import Saver
 from megallama.train.signals import StopFile
 from tests.conftest import MakeConfig
 
@@ -87,7 +91,7 @@ def test_a_second_writer_is_refused_and_touches_nothing(make_config: MakeConfig)
 def test_a_run_that_was_taken_over_ends_unsaved(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, after_step: Callable[..., None]
 ) -> None:
-    config = make_config({"checkpoint.every": 2})
+    config = make_config({"checkpoint.every": 2, "checkpoint.asynchronous": False})
     other = replace(this_process({}), host="n7", machine="other")
 
     def take_over() -> None:
@@ -139,3 +143,66 @@ def test_when_replicas_are_compared(
         monkeypatch.setattr(guard.replicas, "compare", lambda step=step: bool(seen.append(step)))
         guard.alarms(step)
     assert seen == steps
+
+
+class TakenOver(Disk):
+    """While one operation of a save is under way another job takes the run's directory over, and
+    saves the same step, as a process that sleeps meanwhile finds it."""
+
+    def __init__(self, directory: Path, theirs: Path, kind: str, call: int) -> None:
+        self.directory, self.theirs, self.calls = directory, theirs, 0
+        real = getattr(super(), kind)
+
+        def wake(*arguments: Any) -> Any:
+            self.calls += 1
+            if self.calls == call:
+                self.take_over()
+            return real(*arguments)
+
+        setattr(self, kind, wake)
+
+    def take_over(self) -> None:
+        other = replace(this_process({}), host="n7", machine="other")
+        (self.directory / LEASE).write_text(json.dumps(asdict(other)))
+        for path in self.theirs.iterdir():
+            shutil.rmtree(self.directory / "checkpoints" / path.name, ignore_errors=True)
+            shutil.copytree(path, self.directory / "checkpoints" / path.name)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(
+    "kind, call",
+    [
+        ("mkdir", 2),  # after it was seen to that no other one writes
+        ("create", 3),
+        ("append", 4),
+        ("sync", 3),
+        ("forget", 2),
+        ("sync_names", 6),  # the last before older ones are deleted
+    ],
+)
+def test_who_is_taken_over_in_a_save_leaves_the_other_s_alone(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    call: int,
+    asynchronous: bool,
+) -> None:
+    """Steps 2, 4 and 6 are saved and the last kept; it happens at step 4."""
+    saves = {"checkpoint.every": 2, "checkpoint.keep": 1}
+    other = make_config({**saves, "run.name": "other", "checkpoint.keep": 9, "run.seed": 7})
+    assert train(other) == 0
+    config = make_config({**saves, "checkpoint.asynchronous": asynchronous})
+    folder, theirs = (c.run.directory / "checkpoints" for c in (config, other))
+    disk, real = TakenOver(config.run.directory, theirs, kind, call), Saver.__init__
+
+    def made(saver: Saver, *arguments: Any, **named: Any) -> None:
+        real(saver, *arguments, **{**named, "disk": disk})
+
+    monkeypatch.setattr(Saver, "__init__", made)
+    with pytest.raises(ConfigError, match="on n7 writes there"):
+        train(config)
+    assert disk.calls >= call
+    for path in theirs.iterdir():
+        found = {file.name: file.read_bytes() for file in (folder / path.name).iterdir()}
+        assert found == {file.name: file.read_bytes() for file in path.iterdir()}

@@ -219,6 +219,23 @@ def test_who_was_replaced_learns_of_it_and_leaves_the_file_alone(
     assert written(tmp_path) == asdict(other)
 
 
+@pytest.mark.parametrize("slept", [True, False])
+def test_a_file_that_is_gone_was_another_s_where_this_one_slept(
+    tmp_path: Path, leases: ExitStack, slept: bool
+) -> None:
+    """That one took over, and ended. Where nobody had the time for it, somebody removed it."""
+    lease = held(leases, tmp_path, me(interval=1000.0))
+    (tmp_path / LEASE).unlink()
+    if slept:
+        lease.holder = replace(lease.holder, time=lease.holder.time - 10_000)
+        with pytest.raises(ConfigError, match=r"another job .*start it again"):
+            lease.check()
+        assert lease.replaced
+    else:
+        lease.check()
+        assert not lease.replaced
+
+
 @pytest.mark.parametrize("stale", [True, False])
 def test_of_several_that_begin_at_once_one_stays(tmp_path: Path, gone: Holder, stale: bool) -> None:
     for _ in range(5):

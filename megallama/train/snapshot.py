@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megallama.checkpoint.folder import NAME
 from megallama.checkpoint.manifest import MANIFEST, Manifest
 from megallama.checkpoint.rank_file import Rectangle
 from megallama.checkpoint.store import (
@@ -160,10 +161,11 @@ def read_state(trainer: Trainer, checkpoint: Checkpoint, dataset: Dataset) -> Pr
 
     After an error the trainer may have parts of two states, and is to be filled from another.
     """
+    progress = progress_of(checkpoint)
+    _refuse_other_name(checkpoint, progress.step)
     _refuse_other_run(trainer.config, checkpoint)
     _refuse_other_data(trainer.config, checkpoint, dataset)
     checkpoint.fill(_wants(trainer), near=trainer.place.rank)
-    progress = progress_of(checkpoint)
     trainer.optimizer.updates = progress.updates
     return progress
 
@@ -240,6 +242,15 @@ def _is_range(value: object) -> bool:
         and all(map(_is_count, value))
         and value[0] < value[1]
     )
+
+
+def _refuse_other_name(checkpoint: Checkpoint, step: int) -> None:
+    """A copy with a later step's name: a run finds its newest by name, and each start would go back
+    to this one. Names that are not of that form are free."""
+    directory = checkpoint.directory
+    name = checkpoint_path(directory.parent, step).name
+    if NAME.fullmatch(directory.name) and directory.name != name:
+        raise CorruptError(f"{directory}: has the state of step {step}; rename it to {name}")
 
 
 def _refuse_other_run(config: Config, checkpoint: Checkpoint) -> None:

@@ -135,6 +135,23 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(
     Checkpoint(checkpoint(config, 6)).verify()
 
 
+def test_a_copy_under_the_name_of_a_later_step_is_passed_over(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else each start would go back to it, whatever was saved since."""
+    config = make_config()
+    assert train(config) == 0
+    shutil.copytree(checkpoint(config, 3), checkpoint(config, 9))
+    capsys.readouterr()
+    assert train(config) == 0
+    out = capsys.readouterr().out
+    assert f"{checkpoint(config, 9)}: has the state of step 3; rename it to step-00000003" in out
+    assert f"resumed from {checkpoint(config, 6)}" in out
+    assert train(make_config({"run.name": "b"}), str(checkpoint(config, 3))) == 0
+    best = checkpoint(config, 9).rename(config.run.directory / "best")
+    assert train(make_config({"run.name": "c"}), str(best)) == 0, "other names are free"
+
+
 def test_nothing_is_overwritten_where_all_are_damaged(make_config: MakeConfig) -> None:
     config = make_config()
     assert train(config) == 0

@@ -208,6 +208,9 @@ class Disk:
         if os.write(descriptor, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def sync_log(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
     def cut(self, descriptor: int, size: int) -> None:
         """Leave the first bytes of a file. A full disk has room for that."""
         os.ftruncate(descriptor, size)

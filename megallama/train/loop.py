@@ -64,7 +64,8 @@ class Loop:
         self.meeting = meeting
         self.config: Config = trainer.config
         self.console = console
-        self.saver = Saver(trainer, dataset, meeting, resumed_from, lease)
+        self.metrics: PatientWriter | None = None
+        self.saver = Saver(trainer, dataset, meeting, resumed_from, lease, self._sync_rows)
         self.directory: Path = self.config.run.directory
         self.total_steps = self.config.train.total_steps
         self.ranks = trainer.place.grid.size
@@ -80,7 +81,6 @@ class Loop:
                 last was not, and it is saved beside the older checkpoints.
         """
         with ExitStack() as stack:
-            self.metrics: PatientWriter | None = None
             self.meeting.hold(lambda: self._open_metrics(stack))
             self.tracker = self._tracker()
             stack.callback(self.tracker.close)
@@ -289,6 +289,10 @@ class Loop:
         if self.metrics:
             self.metrics.take_back(self.progress.step)
         return ""
+
+    def _sync_rows(self) -> None:
+        if self.metrics:
+            self.metrics.sync()
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.metrics and not self.guard.replaced:  # else the file is another job's

@@ -1,7 +1,9 @@
 """A run's metrics.jsonl: one JSON object a line, one line a step and one a validation.
 
 Each line is one `write`, so a killed run leaves at most a torn last line: the reader passes over it
-and the writer cuts it off when it opens the file. JSON has no NaN: a non-finite number is null.
+and the writer cuts it off when it opens the file. What a checkpoint counts as done is on the disk
+before the checkpoint is: a run that goes on from it writes those rows no more. JSON has no NaN: a
+non-finite number is null.
 
 Step rows hold: step tokens loss grad_norm lr step_seconds tokens_per_second
 tokens_per_second_per_gpu tflops_per_gpu mfu mfu_6n memory_bytes, and where they exist
@@ -56,6 +58,10 @@ class MetricsWriter:
             self._mend()
             raise
 
+    def sync(self) -> None:
+        """Returns once all rows so far are on the disk. Raises OSError."""
+        self._disk.sync_log(self._fd)
+
     def truncate_after(self, step: int) -> int:
         """Drop every row of a later step than `step` (a resumed run writes them again).
 
@@ -76,7 +82,7 @@ class MetricsWriter:
             self._disk.cut(self._fd, end)
             for line in behind:
                 self._disk.extend(self._fd, line)
-            self._disk.sync(self._fd)  # or a power failure might bring them back among later ones
+            self.sync()  # or a power failure might bring them back among later ones
         return dropped
 
     def close(self) -> None:
@@ -146,6 +152,15 @@ class PatientWriter:
         self._waiting = deque(row for row in self._waiting if row["step"] <= step)
         with refuse_os_errors("write", self._writer.path):
             self._writer.truncate_after(step)
+
+    def sync(self) -> None:
+        """Returns once the rows that the disk took are on it. Any thread may ask for it.
+
+        Raises:
+            UserError: it failed, and a power failure may lose some.
+        """
+        with refuse_os_errors("sync", self._writer.path):
+            self._writer.sync()
 
     def finish(self) -> None:
         """Write what waits, or say what is lost."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +38,7 @@ ALIGNMENT = 64
 class Ended:
     """How a save ended, alike on every rank: `error` where there is no checkpoint of the step.
 
-    `warning`: of rank 0, where older checkpoints could not be deleted.
+    `warning`: of rank 0, where older checkpoints could not be deleted, or rows not be synced.
     """
 
     step: int
@@ -82,7 +82,7 @@ class Saver:
 
     `newest`: the run's newest checkpoint as far as this rank has waited for it. `lease`: the right
     to write, of the rank that leads. A process that was stopped in a save may come back to find
-    that another job does.
+    that another job does. `sync_rows`: puts the rows of the steps that a save counts on the disk.
     """
 
     def __init__(
@@ -92,9 +92,11 @@ class Saver:
         meeting: Meeting,
         newest: Path | None,
         lease: Lease | None = None,
+        sync_rows: Callable[[], None] = lambda: None,
         disk: Disk = DISK,
     ) -> None:
         self.trainer, self.dataset, self.disk = trainer, dataset, disk
+        self._sync_rows = sync_rows
         self._may_write = lease.check if lease else lambda: None
         self.folder = trainer.config.run.directory / "checkpoints"
         self.newest = newest.resolve() if newest else None
@@ -178,6 +180,11 @@ class Saver:
         In a stretch of steps that were not finite the weights may be the reason: then nothing older
         is deleted for them.
         """
+        warnings = list[str]()
+        try:
+            self._sync_rows()
+        except UserError as error:
+            warnings.append(f"{error}; a power failure may lose rows of steps that are saved")
         try:
             path = write_snapshot(state, self.folder, self._meeting, self.disk, self._may_write)
         except UserError as error:
@@ -189,5 +196,5 @@ class Saver:
                 self._may_write()
                 prune_checkpoints(self.folder, self._kept(path), path, config.keep_every, self.disk)
             except UserError as error:
-                return Ended(state.step, warning=str(error))
-        return Ended(state.step)
+                warnings.append(str(error))
+        return Ended(state.step, warning="; ".join(warnings))

@@ -41,7 +41,7 @@ RANKS = {"one": 1, "data": 2}
 CODES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 #: What saves ask of the disk, and then metrics.jsonl, of rank 0's.
 OPEN, ROW = "open_log", "extend"
-KINDS = (*CHANGES, OPEN, ROW)
+KINDS = (*CHANGES, OPEN, ROW, "sync_log")
 #: Saves at steps 2, 4 and 6; the last deletes the first.
 SECTIONS: dict[str, Mapping[str, Any]] = {
     "train": {"steps": 6, "precision": "fp32"},

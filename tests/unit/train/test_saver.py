@@ -310,3 +310,47 @@ def test_a_run_that_saves_at_its_end_only_keeps_no_copy(
     use_disk(disk)
     assert train(make_config({"checkpoint.every": 0})) == 0
     assert disk.calls["rename"] == 1
+
+
+class Ordered(Disk):
+    """Writes down which log was synced when, beside what commits a checkpoint."""
+
+    def __init__(self) -> None:
+        self.log = -1
+        self.synced: list[int] = []  # rows that are on the disk
+        self.commits: list[tuple[str, int]] = []  # a checkpoint, and how many were by then
+
+    def open_log(self, path: Path) -> int:
+        self.log = super().open_log(path)
+        return self.log
+
+    def sync_log(self, descriptor: int) -> None:
+        self.synced.append(os.pread(self.log, 1 << 20, 0).count(b'"grad_norm"'))
+        super().sync_log(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self.commits.append((target.parent.name, self.synced[-1]))
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_rows_of_saved_steps_are_on_the_disk_before_the_checkpoint(
+    make_config: MakeConfig, use_disk: Callable[[Disk], None], asynchronous: bool
+) -> None:
+    """A power failure would lose them, and a run that goes on from there writes them no more."""
+    disk = Ordered()
+    use_disk(disk)
+    assert train(make_config({"checkpoint.asynchronous": asynchronous})) == 0
+    assert [name for name, _ in disk.commits] == ["step-00000003", "step-00000006"]
+    assert all(rows >= int(name[5:]) for name, rows in disk.commits)
+
+
+def test_rows_that_cannot_be_synced_cost_no_save(
+    make_config: MakeConfig, use_disk: Callable[[Disk], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_disk(refusing("sync_log", 1, errno.EIO))
+    config = make_config({"checkpoint.keep": 9})
+    assert train(config) == 0
+    assert steps_saved(config) == [3, 6]
+    path = config.run.directory / "metrics.jsonl"
+    assert f"cannot sync {path}: {os.strerror(errno.EIO)}; a power" in capsys.readouterr().out

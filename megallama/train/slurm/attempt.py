@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +29,8 @@ class End:
 
 @dataclass(frozen=True)
 class Health:
-    """What a node found about itself. `bandwidth`: of its GPUs' all-reduce, in GB/s."""
+    """What a node found about itself, in GB/s: `bandwidth` of its GPUs' all-reduce, `links` of an
+    exchange with each of its neighbours, by name; 0 where that failed."""
 
     node: str
     time: float
@@ -37,6 +38,7 @@ class Health:
     notes: tuple[str, ...] = ()
     bandwidth: float | None = None
     finished: bool = True
+    links: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         write_atomic(folder / f"{self.node}.json", json.dumps(asdict(self)).encode())

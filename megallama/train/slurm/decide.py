@@ -15,6 +15,7 @@ from megallama.errors import EXIT_LOST, EXIT_STOPPED
 from megallama.train.slurm.attempt import Attempt, Health
 from megallama.train.slurm.cause import blamed, why
 from megallama.train.slurm.history import MOST_ALLOCATIONS, MOST_ATTEMPTS, History
+from megallama.train.slurm.links import judge
 
 #: SLURM's states of a job that may go on. Any other: it was cancelled, preempted or requeued. None
 #: is known where the controller does not answer.
@@ -75,6 +76,9 @@ def choose(attempt: Attempt, job: Job, history: History, clock: tuple[float, flo
     if len(answered) - len(unfinished) >= MOST * len(candidates):
         for node in unfinished:
             faults[node].append(UNFINISHED)
+    slow, unclear = judge({node: attempt.health[node].links for node in answered})
+    for node in slow.keys() & faults.keys():
+        faults[node].append(slow[node])
     bad = [node for node, found in faults.items() if found]
     words = [_known(node, history) for node in job.allocated if node not in candidates]
     found = [f"{node}: {'; '.join(faults[node])}" for node in bad]
@@ -82,6 +86,7 @@ def choose(attempt: Attempt, job: Job, history: History, clock: tuple[float, flo
         history.blame(bad)
         found = [f"{line}; left out" for line in found]
     words += found + [f"{node}: {UNFINISHED}" for node in unfinished if node not in bad]
+    words += unclear
     healthy = [n for n in answered if n not in bad and attempt.health[n].finished]
     if len(healthy) >= job.wanted:
         return f"train {','.join(healthy[: job.wanted])}", "\n".join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,11 +13,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from megallama.errors import UserError
 from megallama.files import write_atomic
 from megallama.train.slurm.attempt import Health
+from megallama.train.slurm.links import LONGEST
 
 #: Seconds that nvidia-smi has: a GPU that fell off its bus makes it hang.
 PATIENCE = 60.0
@@ -37,9 +40,10 @@ UNKNOWN = re.compile(r"\[?(N/A|Not Supported|Unknown Error|)\]?")
 
 
 def examine(node: str, folder: Path, gpus: int) -> Health:
-    """Look at this node, and write what was found to folder/NODE.json, first and last.
+    """Look at this node, then with its neighbours at the network between them, and write what was
+    found to folder/NODE.json: first, after the look, and last.
 
-    `gpus`: how many it must have; 0: none is looked for.
+    `gpus`: how many it must have; 0: none is looked for, and no network.
     """
     Health(node, time.time(), finished=False).write(folder)
     faults, notes = list(_disk_faults(folder)), []
@@ -55,6 +59,10 @@ def examine(node: str, folder: Path, gpus: int) -> Health:
             notes.append("all-reduce not measured")
     health = Health(node, time.time(), tuple(faults), tuple(notes), bandwidth)
     health.write(folder)
+    if gpus:
+        links, words = _links(node, 0 if faults else gpus)
+        health = replace(health, links=links, notes=(*notes, *words))
+        health.write(folder)
     return health
 
 
@@ -144,6 +152,23 @@ def _bandwidth() -> tuple[float | None, str]:
         return None, f"its GPUs do not reduce ({last})"
     text = done.stdout.strip()
     return (float(text) if text else None), ""
+
+
+def _links(node: str, gpus: int) -> tuple[dict[str, float], list[str]]:
+    """Peer → GB/s of an exchange with it, and what to say of that. `gpus`: 0 for a bad node."""
+    command = [sys.executable, "-m", "megallama.train.slurm.exchange", node, str(gpus)]
+    try:
+        done = _run(command, LONGEST)
+    except subprocess.TimeoutExpired:
+        return {}, [f"network not looked at: no end within {LONGEST:.0f} s"]
+    except OSError as error:
+        return {}, [f"network not looked at: cannot start a process ({error.strerror})"]
+    last = done.stderr.strip().splitlines()[-1:]
+    if done.returncode:
+        reason = last or [f"exit code {done.returncode}"]
+        return {}, [f"network not looked at ({reason[0]})"]
+    found = json.loads(done.stdout or "{}")
+    return found, last if 0.0 in found.values() else []
 
 
 def _reason(error: OSError | subprocess.CalledProcessError) -> str:

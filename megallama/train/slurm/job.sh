@@ -76,15 +76,16 @@ for ((number = 1; ; number++)); do
     mkdir -p "$attempt"/{started,ended,health} || exit 78
     ask=$("${megallama[@]}" launch usable "$attempt" --allocated "$(allocated)") || exit
     count=$(tr , '\n' <<<"$ask" | wc -l)
-    # Every node says how it is; the first healthy ones train.
+    # Every node says how it is, and how its network is; the first healthy ones train.
+    MASTER_ADDR=$(address "${ask%%,*}")
+    export MASTER_ADDR # where tasks meet; the port follows from the job and the step
     run srun --overlap --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --nodelist="$ask" \
-        --time=5 --wait=120 --kill-on-bad-exit=0 --cpu-bind=none --output="$attempt/health-%N.log" \
+        --time=9 --wait=240 --kill-on-bad-exit=0 --cpu-bind=none --output="$attempt/health-%N.log" \
         "${megallama[@]}" launch health "$attempt" --gpus @gpus@
     action=$(decide choose)
     if [ "${action%% *}" = train ]; then
         chosen=${action#* }
         MASTER_ADDR=$(address "${chosen%%,*}")
-        export MASTER_ADDR # the port follows from the job and the step
         echo "job: attempt $number on $chosen, logs in $attempt"
         # Not --kill-on-bad-exit: the first rank that ends with 75 would have the others killed. Who
         # is there two minutes after the first one ended hangs. --overlap: SLURM may hold a step that

@@ -65,6 +65,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     node = Node(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(health, "_bandwidth", lambda: (230.0, ""))
+    monkeypatch.setattr(health, "_links", lambda node, gpus: ({"n2": float(gpus)}, []))
     return node
 
 
@@ -72,6 +73,7 @@ def test_two_well_gpus(node: Node) -> None:
     node.gpus()
     found = node.examine(2)
     assert (found.faults, found.notes, found.bandwidth) == ((), (), 230.0)
+    assert found.links == {"n2": 2.0}
 
 
 FAULTS = {
@@ -94,6 +96,7 @@ def test_a_bad_gpu_is_named(node: Node, values: dict[str, object], words: str) -
     assert len(found.faults) == 1
     assert found.faults[0].startswith(words)
     assert found.bandwidth is None, "GPUs known to be bad are not put to work"
+    assert found.links == {"n2": 0.0}
 
 
 HANGS = {"at all": ("--list-gpus", ""), "on a field": ("retired", " on retired_pages.pending")}
@@ -125,6 +128,7 @@ def test_without_nvidia_smi_disks_alone_are_looked_at(node: Node) -> None:
     assert found.faults == ()
     assert found.notes == ("no nvidia-smi: GPUs not looked at",)
     assert node.examine(0).notes == ()
+    assert node.examine(0).links == {}
 
 
 def test_a_full_temporary_folder(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +156,48 @@ BANDWIDTH = {
 }
 
 
+def stand_in(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started as Python runs `script`; one that sleeps is given up after 2 s."""
+    python = folder / "python"
+    python.write_text(f"#!{sys.executable}\n{script}\n")
+    python.chmod(0o755)
+    for patience in ("NCCL_PATIENCE", "LONGEST"):
+        monkeypatch.setattr(health, patience, 2.0 if "sleep" in script else 60.0)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
 @pytest.mark.parametrize("script, wanted", BANDWIDTH.values(), ids=BANDWIDTH)
 def test_the_bandwidth_is_measured_in_a_process_that_may_hang(
     script: str, wanted: tuple[float | None, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!{sys.executable}\n{script}\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(health, "NCCL_PATIENCE", 2.0 if "sleep" in script else 60.0)
-    monkeypatch.setattr(sys, "executable", str(python))
+    stand_in(script, tmp_path, monkeypatch)
     assert health._bandwidth() == wanted
+
+
+LINKS = {
+    "measured": ("print('{\"n2\": 24.0}')", ({"n2": 24.0}, [])),
+    "one task": ("", ({}, [])),
+    "no exchange": (
+        "import sys; print('{\"n2\": 0.0}'); sys.exit(print('no route', file=sys.stderr))",
+        ({"n2": 0.0}, ["no route"]),
+    ),
+    "failed": ("raise OSError('no store')", ({}, ["network not looked at (OSError: no store)"])),
+    "hangs": (
+        "import time; time.sleep(60)",
+        ({}, ["network not looked at: no end within 2 s"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("script, wanted", LINKS.values(), ids=LINKS)
+def test_the_network_is_looked_at_in_a_process_that_may_hang(
+    script: str,
+    wanted: tuple[dict[str, float], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in(script, tmp_path, monkeypatch)
+    assert health._links("n1", 2) == wanted
 
 
 def test_without_two_gpus_nothing_is_measured() -> None:

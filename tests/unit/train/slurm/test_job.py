@@ -33,6 +33,7 @@ case "$name $*" in
     ;;
 "squeue "*%N*) ask; echo n1,n2 ;;
 "megallama launch usable "*) echo "$5" ;;
+"srun "*) echo "$MASTER_ADDR" >>"$NOTES/addresses" ;;
 "megallama launch choose "* | "megallama launch after "*)
     number=$(grep -c '^megallama launch [ca][hf]' "$NOTES/calls")
     sed -n "${number}p" "$NOTES/actions"
@@ -95,6 +96,13 @@ def test_a_requeue_that_cannot_be_is_told_with_the_way_out(script: Script) -> No
     code, error = script.run("requeue", away=1000)
     assert code == 75
     assert error.splitlines()[-1] == "job: cannot be requeued; scontrol requeue 7"
+
+
+def test_nodes_meet_at_the_first_one_before_a_run_and_in_it(script: Script) -> None:
+    assert script.run("train n1,n2", "stop 0")[0] == 0
+    steps = [call for call in script.calls if call.startswith("srun ")]
+    assert ["launch health" in call for call in steps] == [True, False]
+    assert (script.folder / "addresses").read_text().split() == ["10.0.0.1"] * 2
 
 
 def test_without_an_answer_the_allocation_is_that_of_the_start(script: Script) -> None:

@@ -15,6 +15,13 @@ from megallama.check.program import Log, Operation, call_site
 from megallama.dist.group import COVER, COVER_ALL_REDUCE, SingleGroup
 from megallama.dist.handle import Done, Handle
 from megallama.dist.shapes import check_filled, check_peer, check_rows, gathered, scattered
+from megallama.dist.traffic import (
+    all_gather_bytes,
+    all_gather_rows_bytes,
+    all_reduce_bytes,
+    reduce_scatter_bytes,
+    reduce_scatter_rows_bytes,
+)
 
 T = TypeVar("T")
 
@@ -48,28 +55,28 @@ class NotingGroup:
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Handle[Tensor]:
         filled = gathered(x, self.size, out)
-        return self._note("all_gather", [x], filled, x.nbytes)
+        return self._note("all_gather", [x], filled, all_gather_bytes(x, self.size))
 
     def reduce_scatter(self, x: Tensor, wire: torch.dtype | None = None) -> Handle[Tensor]:
         shard = scattered(x, self.size)
-        sent = shard.numel() * (wire or x.dtype).itemsize
+        sent = reduce_scatter_bytes(x, self.size, wire)
         return self._note("reduce_scatter", [x], shard, sent, wire=wire)
 
     def all_reduce(self, x: Tensor) -> Handle[Tensor]:
         total = torch.empty_like(x) if self._answer is None else self._answer(x)
-        sent = 2 * -(-x.numel() // self.size) * x.itemsize
+        sent = all_reduce_bytes(x, self.size)
         return self._note("all_reduce", [x], total, sent, COVER_ALL_REDUCE)
 
     def all_gather_rows(self, tensors: Sequence[Tensor]) -> Handle[None]:
         check_rows(tensors, self.size)
-        sent = sum(x.nbytes // self.size for x in tensors)
+        sent = all_gather_rows_bytes(tensors, self.size)
         return self._note("all_gather_rows", tensors, None, sent)
 
     def reduce_scatter_rows(
         self, tensors: Sequence[Tensor], wire: torch.dtype | None = None
     ) -> Handle[None]:
         check_rows(tensors, self.size)
-        sent = sum(x.numel() // self.size * (wire or x.dtype).itemsize for x in tensors)
+        sent = reduce_scatter_rows_bytes(tensors, self.size, wire)
         return self._note("reduce_scatter_rows", tensors, None, sent, wire=wire)
 
     def send(self, x: Tensor, peer: int, label: str = "") -> Handle[None]:
@@ -89,14 +96,13 @@ class NotingGroup:
         kind: str,
         tensors: Sequence[Tensor],
         value: T,
-        to_each: int,
+        sent: int,
         cover: int = COVER,
         wire: torch.dtype | None = None,
     ) -> Handle[T]:
-        """Note a collective that sends so many bytes to each other rank."""
+        """Note a collective; `sent`: bytes."""
         shapes, dtypes = _described(tensors)
         name = None if wire is None else _name(wire)
-        sent = (self.size - 1) * to_each
         known = (self._log.names.get(id(x)) for x in tensors)
         label = ", ".join(filter(None, known))
         operation = Operation(self.name, kind, shapes, dtypes, name, sent, call_site(), label=label)

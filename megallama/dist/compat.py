@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore as PrefixStore
 from torch._C._distributed_c10d import Store as Store
 
-
 #: A device's own failure, such as an ECC error; and what c10d raises, for NCCL and the store alike.
 AcceleratorError: type[RuntimeError] = torch.AcceleratorError
 DistError: type[RuntimeError] = c10d.DistError

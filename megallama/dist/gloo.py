@@ -22,7 +22,14 @@ from megallama.dist.parcels import by_rank, parcels
 from megallama.dist.recorder import Recorder
 from megallama.dist.shapes import check_filled, check_peer, check_rows, gathered, scattered
 from megallama.dist.sums import room_bytes, sum_in_order
-from megallama.dist.traffic import Traffic
+from megallama.dist.traffic import (
+    Traffic,
+    all_gather_bytes,
+    all_gather_rows_bytes,
+    all_reduce_bytes,
+    reduce_scatter_bytes,
+    reduce_scatter_rows_bytes,
+)
 from megallama.dist.watch import Vigil
 from megallama.dist.worker import Worker
 
@@ -80,7 +87,7 @@ class GlooGroup:
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Handle[Tensor]:
         filled = gathered(x, self.size, out)
-        self._count("all_gather", x.nbytes)
+        self._count("all_gather", all_gather_bytes(x, self.size))
 
         def run() -> Tensor:
             rows = by_rank(filled, self.size).unbind()
@@ -92,7 +99,7 @@ class GlooGroup:
 
     def reduce_scatter(self, x: Tensor, wire: torch.dtype | None = None) -> Handle[Tensor]:
         shard, dtype = scattered(x, self.size), wire or x.dtype
-        self._count("reduce_scatter", shard.numel() * dtype.itemsize)
+        self._count("reduce_scatter", reduce_scatter_bytes(x, self.size, wire))
 
         def run() -> Tensor:
             shares = by_rank(x.to(dtype).contiguous(), self.size).unbind()
@@ -104,7 +111,7 @@ class GlooGroup:
     def all_reduce(self, x: Tensor) -> Handle[Tensor]:
         share = -(-x.numel() // self.size)
         total = torch.empty(x.shape, dtype=x.dtype)
-        self._count("all_reduce", 2 * share * x.itemsize)
+        self._count("all_reduce", all_reduce_bytes(x, self.size))
 
         def run_small() -> Tensor:
             # In one step: each rank adds the whole, with the same additions as in two.
@@ -124,7 +131,7 @@ class GlooGroup:
 
     def all_gather_rows(self, tensors: Sequence[Tensor]) -> Handle[None]:
         check_rows(tensors, self.size)
-        self._count("all_gather_rows", sum(x.nbytes // self.size for x in tensors))
+        self._count("all_gather_rows", all_gather_rows_bytes(tensors, self.size))
 
         def run() -> None:
             loads = parcels(tensors, self.size)
@@ -140,8 +147,7 @@ class GlooGroup:
         self, tensors: Sequence[Tensor], wire: torch.dtype | None = None
     ) -> Handle[None]:
         check_rows(tensors, self.size)
-        sent = sum(x.numel() // self.size * (wire or x.dtype).itemsize for x in tensors)
-        self._count("reduce_scatter_rows", sent)
+        self._count("reduce_scatter_rows", reduce_scatter_rows_bytes(tensors, self.size, wire))
 
         def run() -> None:
             loads = parcels(tensors, self.size, wire)
@@ -179,8 +185,8 @@ class GlooGroup:
         self._link.closed = True
         self._worker.close()
 
-    def _count(self, operation: str, to_each: int) -> None:
-        self._traffic.add(self.name, operation, (self.size - 1) * to_each)
+    def _count(self, operation: str, sent: int) -> None:
+        self._traffic.add(self.name, operation, sent)
 
     def _submit(
         self,

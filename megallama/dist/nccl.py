@@ -24,7 +24,14 @@ from megallama.dist.handle import Handle, Joined
 from megallama.dist.parcels import Parcel, by_rank
 from megallama.dist.shapes import check_filled, check_peer, check_rows, gathered, scattered
 from megallama.dist.sums import room_bytes, sum_in_order
-from megallama.dist.traffic import Traffic
+from megallama.dist.traffic import (
+    Traffic,
+    all_gather_bytes,
+    all_gather_rows_bytes,
+    all_reduce_bytes,
+    reduce_scatter_bytes,
+    reduce_scatter_rows_bytes,
+)
 from megallama.errors import LostError
 
 T = TypeVar("T")
@@ -69,13 +76,13 @@ class NcclGroup:
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Handle[Tensor]:
         filled, x = gathered(x, self.size, out), x.contiguous()
-        self._count("all_gather", x.nbytes)
+        self._count("all_gather", all_gather_bytes(x, self.size))
         work = compat.all_gather_single(self._backend, filled, x)
         return Issued([work], COVER, lambda: filled, [x])
 
     def reduce_scatter(self, x: Tensor, wire: torch.dtype | None = None) -> Handle[Tensor]:
         shard, dtype = scattered(x, self.size), wire or x.dtype
-        self._count("reduce_scatter", shard.numel() * dtype.itemsize)
+        self._count("reduce_scatter", reduce_scatter_bytes(x, self.size, wire))
         if dtype != x.dtype:
             sent = by_rank(x.to(dtype).contiguous(), self.size)
             return self._sum_here(sent, shard.view(-1), lambda: shard)
@@ -85,13 +92,13 @@ class NcclGroup:
 
     def all_reduce(self, x: Tensor) -> Handle[Tensor]:
         total = x.clone(memory_format=torch.contiguous_format)
-        self._count("all_reduce", 2 * -(-x.numel() // self.size) * x.itemsize)
+        self._count("all_reduce", all_reduce_bytes(x, self.size))
         work = compat.all_reduce(self._backend, total)
         return Issued([work], COVER_ALL_REDUCE, lambda: total, [total])
 
     def all_gather_rows(self, tensors: Sequence[Tensor]) -> Handle[None]:
         check_rows(tensors, self.size)
-        self._count("all_gather_rows", sum(x.nbytes // self.size for x in tensors))
+        self._count("all_gather_rows", all_gather_rows_bytes(tensors, self.size))
         views = [by_rank(x, self.size) for x in tensors]
         return self._coalesced(compat.all_gather_single, [(v, self._own(v)) for v in views])
 
@@ -99,8 +106,7 @@ class NcclGroup:
         self, tensors: Sequence[Tensor], wire: torch.dtype | None = None
     ) -> Handle[None]:
         check_rows(tensors, self.size)
-        sent = sum(x.numel() // self.size * (wire or x.dtype).itemsize for x in tensors)
-        self._count("reduce_scatter_rows", sent)
+        self._count("reduce_scatter_rows", reduce_scatter_rows_bytes(tensors, self.size, wire))
         views = [by_rank(x, self.size) for x in tensors]
         if wire is None or all(x.dtype == wire for x in tensors):
             return self._coalesced(compat.reduce_scatter_single, [(self._own(v), v) for v in views])
@@ -124,8 +130,8 @@ class NcclGroup:
         """Give up what is under way; `shutdown` would wait for peers that may be gone."""
         self._backend.abort()
 
-    def _count(self, operation: str, to_each: int) -> None:
-        self._traffic.add(self.name, operation, (self.size - 1) * to_each)
+    def _count(self, operation: str, sent: int) -> None:
+        self._traffic.add(self.name, operation, sent)
 
     def _own(self, view: Tensor) -> Tensor:
         """This rank's row of (size, m), as (1, m): a view."""

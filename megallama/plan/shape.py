@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megallama.config.schema import Config
 from megallama.plan.ops import Collective, Pass, Start, Wait
+from megallama.spec.collectives import all_reduce_bytes, sharded_bytes
 from megallama.spec.logits import CHUNK_BYTES, chunk_length
 from megallama.spec.memory import ITEMSIZE
 from megallama.spec.saved import POLICIES
@@ -74,7 +75,7 @@ class Shape:
 
     def gather_statistics(self, tokens: int) -> Pass[Wait]:
         """Two numbers of every token of a chunk, in fp32 or wider."""
-        size = (self.ranks - 1) * 2 * tokens * max(self.itemsize, 4)
+        size = sharded_bytes(self.ranks, 2 * tokens * max(self.itemsize, 4))
         return (yield from self._start("all_gather", size, 1, COVER))
 
     def _gather(self, count: int) -> Pass[Wait]:
@@ -86,11 +87,12 @@ class Shape:
         return (yield from self._start("reduce_scatter", self._chunk_sent(), count, COVER))
 
     def _chunk_sent(self) -> int:
-        return (self.ranks - 1) * (self.stream(self.tokens // self.chunks) // self.ranks)
+        whole = self.stream(self.tokens // self.chunks)
+        return sharded_bytes(self.ranks, whole // self.ranks)
 
     def _all_reduce(self, chunks: int) -> Pass[Wait]:
         elements = self.tokens // chunks * self.width
-        size = 2 * (self.ranks - 1) * -(-elements // self.ranks) * self.itemsize
+        size = all_reduce_bytes(self.ranks, elements, self.itemsize)
         return (yield from self._start("all_reduce", size, 1, COVER_ALL_REDUCE))
 
     def _start(self, operation: str, size: int, count: int, cover: int) -> Pass[Wait]:

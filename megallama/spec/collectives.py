@@ -40,22 +40,35 @@ class Traffic:
 NOTHING = Traffic()
 
 
-# One collective each; `n` ranks.
+# Bytes that one of `n` ranks sends. Whoever counts, prices or notes a collective takes them here.
+
+
+def sharded_bytes(n: int, shard: int) -> int:
+    """An all-gather's, of the bytes of a rank's shard; a reduce-scatter's, of those of the shard
+    that a rank keeps, as they travel."""
+    return (n - 1) * shard
+
+
+def all_reduce_bytes(n: int, elements: int, itemsize: int) -> int:
+    """2·(n-1)·⌈elements/n⌉·itemsize: a reduce-scatter, then an all-gather."""
+    return 2 * sharded_bytes(n, -(-elements // n) * itemsize)
+
+
+# One collective each.
 
 
 def all_gather(group: str, n: int, shard: int, rows: bool = False) -> Traffic:
-    """(n-1) · the bytes of a rank's shard; `rows` is the coalesced operation of a bucket."""
-    return _one(group, "all_gather_rows" if rows else "all_gather", n, (n - 1) * shard)
+    """`rows` is the coalesced operation of a bucket."""
+    return _one(group, "all_gather_rows" if rows else "all_gather", n, sharded_bytes(n, shard))
 
 
 def reduce_scatter(group: str, n: int, shard: int, rows: bool = False) -> Traffic:
-    """(n-1) · the bytes of the shard that a rank keeps, as they travel."""
-    return _one(group, "reduce_scatter_rows" if rows else "reduce_scatter", n, (n - 1) * shard)
+    operation = "reduce_scatter_rows" if rows else "reduce_scatter"
+    return _one(group, operation, n, sharded_bytes(n, shard))
 
 
 def all_reduce(group: str, n: int, elements: int, itemsize: int) -> Traffic:
-    """2·(n-1)·⌈elements/n⌉·itemsize: a reduce-scatter, then an all-gather."""
-    return _one(group, "all_reduce", n, 2 * (n - 1) * -(-elements // n) * itemsize)
+    return _one(group, "all_reduce", n, all_reduce_bytes(n, elements, itemsize))
 
 
 def _one(group: str, operation: str, n: int, sent: int) -> Traffic:

@@ -35,6 +35,7 @@ from megallama.spec.collectives import (
     all_gather,
     all_reduce,
     reduce_scatter,
+    sharded_bytes,
 )
 from megallama.spec.grid import Place
 from megallama.spec.groups import TIED, link_name, run_schedule
@@ -125,7 +126,7 @@ def loss_statistics(stream: Stream, loss_chunks: int) -> Traffic:
     """
     if stream.ranks == 1:
         return NOTHING
-    sent = (stream.ranks - 1) * 2 * stream.tokens * max(stream.itemsize, 4)
+    sent = sharded_bytes(stream.ranks, 2 * stream.tokens * max(stream.itemsize, 4))
     return Traffic({("tensor", "all_gather"): Count(loss_chunks, sent)})
 
 

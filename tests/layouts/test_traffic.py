@@ -11,6 +11,7 @@ import pytest
 from megallama.autograd.passes import WgradQueue, drive
 from megallama.autograd.stash import Stash
 from megallama.spec.logits import CHUNK_BYTES
+from megallama.spec.replicas import comparison_traffic
 from megallama.spec.traffic import (
     REQUESTS,
     Count,
@@ -23,6 +24,7 @@ from megallama.spec.traffic import (
 )
 from megallama.train.build import Trainer
 from megallama.train.passes import Samples
+from megallama.train.replicas import Replicas
 from tests.layouts.case import LR, POLICIES, Case
 from tests.layouts.pool import Pool, Seat, Task
 from tests.layouts.problem import batch, problem_of, share_of
@@ -93,7 +95,8 @@ def logits_held(case: Case, tokens: int | None) -> Iterator[None]:
 
 
 def steps(seat: Seat, case: Case, tokens: int | None, grad_clip: float) -> Parts:
-    """On one rank: the build, a step as the loop takes it, and one with layer norms."""
+    """On one rank: the build, a step as the loop takes it, one with layer norms, and a comparison
+    of replicas."""
     trainer = build(seat, case, grad_clip)
     try:
         config, place, problem = trainer.config, trainer.place, problem_of(case)
@@ -106,6 +109,9 @@ def steps(seat: Seat, case: Case, tokens: int | None, grad_clip: float) -> Parts
                 updates = (1 if kept else 2) if case.early else int(result.applied)
                 said = step_traffic(config, place, "cpu", layer_norms=layer_norms, updates=updates)
                 found.append((f"step {number + 1}", take(trainer), dict(said.counts)))
+        Replicas(trainer).compare()
+        said = comparison_traffic(config, place)
+        found.append(("comparison", take(trainer), dict(said.counts)))
         return found
     finally:
         trainer.groups.close()
@@ -145,7 +151,7 @@ def test_a_step_sends_what_the_formulas_say(pool, text):
     results = check_steps(pool, case)
     assert len(results) == case.ranks
     if case.ranks > 1:
-        assert all(counted for parts in results for name, counted, _ in parts if name != "build")
+        assert all(counted for parts in results for name, counted, _ in parts if "step" in name)
     if case.labels == "empty_step" and not case.early:  # step 2 is left out: no weight travels
         assert ("data", "all_gather_rows") in results[0][1][1]
         assert ("data", "all_gather_rows") not in results[0][2][1]
@@ -155,7 +161,7 @@ def test_a_step_sends_what_the_formulas_say(pool, text):
 @pytest.mark.parametrize("text", EARLY)
 def test_an_update_that_is_taken_back_gathers_the_weights_twice(pool, text, grad_clip, gathers):
     case = Case.parse(text)
-    for rank, (start, step, _) in enumerate(check_steps(pool, case, grad_clip=grad_clip)):
+    for rank, (start, step, *_) in enumerate(check_steps(pool, case, grad_clip=grad_clip)):
         once = start[1]["data", "all_gather_rows"].calls
         assert step[1]["data", "all_gather_rows"].calls == gathers * once, rank
 
@@ -165,7 +171,7 @@ def test_an_update_that_is_taken_back_gathers_the_weights_twice(pool, text, grad
 def test_the_loss_has_a_gather_for_every_chunk_of_logits(pool, held, chunks, sequence_parallel):
     """Of 16 tokens; 6 gathers of a layer, one of the head, one of the embedding."""
     case = Case(tensor=2, vocab=61, layers=1, sequence_parallel=sequence_parallel, precision="fp32")
-    ((_, (_, step, _), _), _) = check_steps(pool, case, held)
+    ((_, (_, step, _), *_), _) = check_steps(pool, case, held)
     others = 6 + 2 if sequence_parallel else 0
     assert step["tensor", "all_gather"].calls == others + chunks
 

@@ -16,12 +16,16 @@ from megallama.plan.search import Found
 from megallama.spec.grid import Grid, make_grid
 
 GIB = 1 << 30
+#: The share of the network's bandwidth that a plan is predicted with, too: machines are described
+#: without congestion, and nothing that this code could ask knows how much there will be.
+CONGESTED = 0.5
 
 
 @dataclass(frozen=True)
 class Planned:
     """One layout on one machine. `change`: where it does not fit, the cheapest change that would,
-    empty where none does. `tokens`: of the whole training."""
+    empty where none does. `congested`: the step with a share of the network (`CONGESTED`), None
+    inside a node. `tokens`: of the whole training."""
 
     config: Config
     hardware: Hardware
@@ -29,6 +33,7 @@ class Planned:
     memory: Ledger
     change: str
     prediction: Prediction
+    congested: Prediction | None
     tokens: float
 
     @property
@@ -74,7 +79,10 @@ def planned(config: Config, hardware: Hardware, gpus: int, budget: float | None)
     memory = ledger(config, grid, hardware)
     change = "" if memory.fits else _change(config, grid, hardware)
     prediction = predict(config, hardware, gpus)
-    return Planned(config, hardware, grid, memory, change, prediction, budget or run)
+    congested = None
+    if gpus > hardware.ranks:
+        congested = predict(config, hardware.with_network(CONGESTED), gpus)
+    return Planned(config, hardware, grid, memory, change, prediction, congested, budget or run)
 
 
 def _change(config: Config, grid: Grid, hardware: Hardware) -> str:
@@ -142,6 +150,7 @@ def figures(plan: Planned, found: Found | None, advice: Advised | None) -> dict[
         "layouts_tried": found.tried if found else 1,
         "layouts_predicted": found.priced if found else 1,
         "stages": [_stage(one) for one in plan.memory.stages],
+        "congested": _congested(plan.congested),
         "budget": {"tokens": plan.tokens, "days": plan.days, "gpu_hours": plan.gpu_hours},
         "advice": _advice(advice) if advice else None,
     }
@@ -166,6 +175,16 @@ def _layout(config: Config, stage: Stage, prediction: Prediction) -> dict[str, A
         "mfu_6n": prediction.mfu_6n,
         "compute_seconds": prediction.compute_seconds,
         "exposed": dict(prediction.exposed),
+    }
+
+
+def _congested(step: Prediction | None) -> dict[str, float] | None:
+    if step is None:
+        return None
+    return {
+        "network_share": CONGESTED,
+        "step_seconds": step.step_seconds,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
     }
 
 

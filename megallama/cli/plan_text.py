@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megallama.cli.plan_figures import GIB, Advised, Planned, amount
+from megallama.cli.plan_figures import CONGESTED, GIB, Advised, Planned, amount
 from megallama.config.schema import Config
 from megallama.plan.ledger import LASTING, Stage
 from megallama.plan.search import Found
@@ -99,6 +99,13 @@ def _show_step(console: Console, plan: Planned) -> None:
     mfu = "unknown: no peak" if step.mfu is None else f"{step.mfu:.1%} (6N: {step.mfu_6n:.1%})"
     console.print(f"predicted tokens/s/GPU  {step.tokens_per_second_per_gpu:,.1f}")
     console.print(f"predicted MFU           {mfu}")
+    if plan.congested is not None:
+        rate = plan.congested.tokens_per_second_per_gpu
+        less = 1 - rate / step.tokens_per_second_per_gpu
+        console.print(
+            f"with {CONGESTED:.0%} of the network's bandwidth: {rate:,.1f} tokens/s/GPU "
+            f"({less:.1%} less)"
+        )
     console.print(
         f"predicted for {amount(plan.tokens)} tokens: {plan.days:,.1f} days, "
         f"{plan.gpu_hours:,.0f} GPU-hours"

@@ -120,6 +120,12 @@ class Hardware(Strict):
     network: Link
     contention: Contention = Contention()
 
+    def with_network(self, share: float) -> Hardware:
+        """The same with that share of the bandwidth between nodes, as on a congested network."""
+        bandwidth = share * self.network.bandwidth
+        network = self.network.model_copy(update={"bandwidth": bandwidth})
+        return self.model_copy(update={"network": network})
+
 
 def known_names() -> list[str]:
     """The machines that come with the package."""

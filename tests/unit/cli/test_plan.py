@@ -18,11 +18,17 @@ from megallama.spec.flops import flops_per_token, flops_per_token_6n
 from megallama.spec.grid import make_grid
 from megallama.spec.memory import held_bytes
 from megallama.spec.workspaces import Device
+from tests.unit.plan.machines import changed
 
 Captured = pytest.CaptureFixture[str]
 CONFIGS = Path(__file__).parents[3] / "configs"
 WORDS = ["plan", str(CONFIGS / "llama-7b.yaml"), "--gpus", "16", "--gpu", "a100-80gb"]
-LAYOUT = ["parallel.tensor=2", "parallel.pipeline=2", "train.global_batch=64"]
+LAYOUT = [
+    "parallel.tensor=2",
+    "parallel.pipeline=2",
+    "train.global_batch=64",
+    "train.micro_batch=1",
+]
 KEYS = {
     "parallel",
     "train",
@@ -89,7 +95,19 @@ def test_a_layout_s_figures(tmp_path: Path, capsys: Captured) -> None:
     assert found["budget"]["gpu_hours"] == pytest.approx(1e12 / rate / 3600)
     assert found["budget"]["days"] == pytest.approx(1e12 / rate / 3600 / 16 / 24)
 
+    slower = changed(load_hardware("a100-80gb"), {"network.bandwidth": 0.5})
+    congested = predict(config, slower, 16)
+    assert found["congested"] == {
+        "network_share": 0.5,
+        "step_seconds": pytest.approx(congested.step_seconds),
+        "tokens_per_second_per_gpu": pytest.approx(congested.tokens_per_second_per_gpu),
+    }
+    assert congested.step_seconds > seconds
+
     out = capsys.readouterr().out
+    rates = congested.tokens_per_second_per_gpu, 1 - seconds / congested.step_seconds
+    line = "with 50% of the network's bandwidth: {:,.1f} tokens/s/GPU ({:.1%} less)"
+    assert line.format(*rates) in out
     assert "every figure of time is predicted, none measured" in out
     assert f"predicted tokens/s/GPU  {rate:,.1f}" in out
     assert f"predicted for 1T tokens: {found['budget']['days']:,.1f} days" in out
@@ -97,6 +115,12 @@ def test_a_layout_s_figures(tmp_path: Path, capsys: Captured) -> None:
         assert line in out
     assert "fits: " in out
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_inside_a_node_no_network_is_congested(tmp_path: Path, capsys: Captured) -> None:
+    words = ["plan", WORDS[1], "--gpus", "8", "--gpu", "a100-80gb", "parallel.tensor=2"]
+    assert written(words, tmp_path)["congested"] is None
+    assert "of the network's" not in capsys.readouterr().out
 
 
 def test_what_does_not_fit_says_what_would(tmp_path: Path, capsys: Captured) -> None:

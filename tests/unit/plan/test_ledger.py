@@ -15,7 +15,8 @@ from megallama.spec.groups import run_schedule
 from megallama.spec.memory import held_bytes, rank_bytes
 from megallama.spec.workspaces import Device
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+ROOT = Path(__file__).parents[3]
+CONFIGS, SCRIPTS = ROOT / "configs", sorted((ROOT / "launch").glob("*.sbatch"))
 
 
 def a_run(**parallel: object) -> tuple[Config, Grid]:
@@ -44,6 +45,15 @@ def test_stages_are_spec_s_ranks(schedule: str) -> None:
     assert sorted(i for s in found.stages for c in s.chunks for i in c.layers) == [*range(32)]
     assert found.stages[0].chunks[0].embedding
     assert sum(stage.layers for stage in found.stages) == 32
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_preset_fits_where_its_script_runs_it(script: Path) -> None:
+    """On A100-80GBs, with what the allocator's share may be wrong by to spare."""
+    config = load_config(CONFIGS / f"{script.stem}.yaml")
+    gpus = 8 * int(script.read_text().partition(" --nodes ")[2].split()[0])
+    found = ledger(config, make_grid(config, gpus), load_hardware("a100-80gb"))
+    assert found.largest.needed + (8 << 30) < found.capacity
 
 
 def test_slack_is_of_what_comes_and_goes() -> None:

@@ -319,7 +319,7 @@ def test_a_node_whose_network_is_slow_is_left_out(attempt: Attempt) -> None:
         health(attempt, x=well(node, links=links))
     history = begun(attempt)
     action, words = choose(attempt, job(wanted=3), history, (99, 101))
-    assert (action, history.counts.bad) == ("train a,c,d", ["b"])
+    assert (action, history.bad) == ("train a,c,d", ["b"])
     assert words == (
         "b: its network is slow: 2.0 GB/s with a and 2.0 GB/s with c, below 16.8; left out"
     )
@@ -330,7 +330,7 @@ def test_of_two_nodes_that_do_not_exchange_none_is_left_out(attempt: Attempt) ->
         health(attempt, x=well(node, links={peer: 0.0}))
     history = begun(attempt)
     action, words = choose(attempt, job(wanted=2, allocated="ab"), history, (99, 101))
-    assert (action, history.counts.bad) == ("train a,b", [])
+    assert (action, history.bad) == ("train a,b", [])
     assert words == "a: none with b, below 0.0; one of the two is slow"
 
 

@@ -28,12 +28,12 @@ from megallama.train.lease import Lease
 from megallama.train.meeting import Meeting
 from megallama.train.metrics import MetricsWriter, PatientWriter
 from megallama.train.profile import Profile
+from megallama.train.rows import step_row
 from megallama.train.saver import Saver
 from megallama.train.signals import StopSignals
 from megallama.train.snapshot import Progress
 from megallama.train.spikes import Spikes
 from megallama.train.tally import StepResult
-from megallama.train.throughput import speed
 from megallama.train.trackers import Tracker, wandb_tracker
 from megallama.train.validate import validate
 
@@ -153,7 +153,7 @@ class Loop:
         progress.tokens += result.tokens
         self._count(result)
         self.spikes.note(progress, result)
-        row = self._row(result, lr, seconds)
+        row = step_row(self.trainer, self.dataset, progress, result, lr, seconds)
         self._log(row)
         self.tracker.step(row, progress.samples)
         self.console.step(row)
@@ -223,27 +223,6 @@ class Loop:
             f"step {self.progress.step}: {self.progress.failures} steps in a row were not finite "
             f"({reason}); resume from the last checkpoint with a lower optimizer.lr"
         )
-
-    def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
-        progress = self.progress
-        row = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "step_seconds": seconds,
-            **speed(self.trainer, result.tokens, seconds),
-        }
-        names = self.dataset.source_names
-        if self.config.log.per_source:
-            row["loss_per_source"] = {names[s]: loss for s, loss in result.source_losses.items()}
-            row["epochs"] = self.dataset.order.epochs(progress.samples)
-        if result.layer_norms:
-            row["layer_norms"] = vars(result.layer_norms)
-        if progress.skipped:
-            row["skipped_steps"] = progress.skipped
-        return row
 
     def _validate(self) -> None:
         result = validate(self.trainer, self.dataset)

@@ -13,7 +13,7 @@ from megallama.plan.hardware import Hardware
 from megallama.plan.passtimes import pass_times
 from megallama.plan.pipeline import Key, Plan, Times, few_micro_batches, period, plan_of
 from megallama.plan.shape import shape_of
-from megallama.plan.stepend import Bucket, Buckets, StepEnd
+from megallama.plan.stepend import Bucket, StepEnd
 from megallama.plan.streams import Lap, Timing
 from megallama.spec.grid import Grid
 from megallama.spec.stages import chunks_of
@@ -46,6 +46,7 @@ class Rundown:
         self.parts = [Part(len(c.layers), c.embedding, c.head) for c in chunks]
         train, parallel = config.train, config.parallel
         self.micro_batches = train.global_batch // (train.micro_batch * grid.data)
+        self._landings: dict[Part, list[tuple[float, float]]] = {}
         self.fills = parallel.overlap != "none" and grid.tensor > 1
 
     def plan(self, micro_batches: int) -> Plan:
@@ -159,8 +160,7 @@ class Rundown:
         for (kind, chunk, other), timing in self.timings.items():
             last = other if kind in ("FB", "W-") else chunk
             if kind in ("BW", "W", "W-", "FB"):
-                buckets = self.end.buckets(self.parts[last])
-                under = sum(self.end.seconds(self.end.reduce(b)) for b in buckets.all)
+                under = sum(seconds for _, seconds in self._landed(self.parts[last]))
                 under *= 1 + self.hardware.contention.collective
                 beside = min(timing.seconds, under) * slower / (1 + slower)
                 found[last] = max(found.get(last, 0.0), beside)
@@ -191,11 +191,9 @@ class Rundown:
             begin, end = times.starts[index], times.ends[index]
             if self.shape.blocks:
                 begin = end  # one stops the pass after the other, which comes to the same
-            for bucket, at in self._landed(self.end.buckets(self.parts[node.closes])):
+            for at, seconds in self._landed(self.parts[node.closes]):
                 start = max(free[node.rank], begin + (end - begin) * at)
-                free[node.rank] = self._beside(
-                    self.end.seconds(self.end.reduce(bucket)), start, end
-                )
+                free[node.rank] = self._beside(seconds, start, end)
                 yield node.rank, start, free[node.rank]
 
     def _beside(self, seconds: float, start: float, until: float) -> float:
@@ -203,14 +201,23 @@ class Rundown:
         slower, beside = 1 + self.hardware.contention.collective, max(0.0, until - start)
         return start + min(seconds * slower, seconds + beside * (1 - 1 / slower))
 
-    def _landed(self, buckets: Buckets) -> Iterator[tuple[Bucket, float]]:
-        """The share of the last backward after which each bucket is complete: the output's before
-        it begins, a layer's when the next one's first gradients are made."""
-        if buckets.output is not None:
-            yield buckets.output, 0.0
-        for place in range(1, buckets.layers + 1):
-            yield buckets.layer, min(1.0, (place + 0.25) / buckets.layers)
-        yield buckets.ends, 1.0
+    def _landed(self, part: Part) -> list[tuple[float, float]]:
+        """Of each of a chunk's buckets, the share of the last backward after which it is complete,
+        and the seconds of its sum: the output's before the backward begins, a layer's when the next
+        one's first gradients are made."""
+        found = self._landings.get(part)
+        if found is None:
+            buckets = self.end.buckets(part)
+            layer, ends = self._reduce_seconds(buckets.layer), self._reduce_seconds(buckets.ends)
+            found = [] if buckets.output is None else [(0.0, self._reduce_seconds(buckets.output))]
+            for place in range(1, buckets.layers + 1):
+                found.append((min(1.0, (place + 0.25) / buckets.layers), layer))
+            found.append((1.0, ends))
+            self._landings[part] = found
+        return found
+
+    def _reduce_seconds(self, bucket: Bucket) -> float:
+        return self.end.seconds(self.end.reduce(bucket))
 
     def rank_parts(self, rank: int) -> list[Part]:
         owners = self.plans[0].schedule.owners

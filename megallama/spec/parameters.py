@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megallama.config.schema import Model
@@ -66,6 +67,7 @@ class Parameter:
 EMBEDDING, FINAL_NORM, OUTPUT = "tok_embeddings", "norm", "output"
 
 
+@lru_cache(maxsize=64)
 def parameter_table(model: Model) -> tuple[Parameter, ...]:
     """Every parameter, from the embedding to the output projection (absent when it is tied)."""
     d, vocab = model.d_model, model.vocab

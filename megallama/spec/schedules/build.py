@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
 from megallama.config.schedules import VIRTUAL_STAGES
@@ -28,6 +29,7 @@ def chunk_owners(name: str, stages: int, virtual_stages: int) -> tuple[int, ...]
     return tuple(chunk % stages for chunk in range(chunks))
 
 
+@lru_cache(maxsize=64)
 def make_schedule(name: str, stages: int, micro_batches: int, virtual_stages: int = 1) -> Schedule:
     """The lists of all `stages` ranks. Every number of micro-batches is taken.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Literal
 
@@ -67,9 +67,10 @@ def whole_lists(
         [[send for one in halves(action) if (send := made_by(one, owners))] for action in actions]
         for actions in ranks
     ]
+    sent = _by_peer(sends)
     lists = []
     for rank, actions in enumerate(ranks):
-        posted = _receives(rank, actions, owners, sends)
+        posted = _receives(rank, actions, owners, sent)
         last = _last_of_chunks(actions) if training else {}
         found: list[Action] = []
         for index, action in enumerate(actions):
@@ -81,11 +82,21 @@ def whole_lists(
     return tuple(lists)
 
 
+def _by_peer(sends: Sequence[Sequence[Sequence[Send]]]) -> dict[tuple[int, int], list[Send]]:
+    """(source, peer) → what one sends to the other, in order; `sends`: of each pass of each
+    rank."""
+    found: dict[tuple[int, int], list[Send]] = {}
+    for source, passes_of_rank in enumerate(sends):
+        for send in chain.from_iterable(passes_of_rank):
+            found.setdefault((source, send.peer), []).append(send)
+    return found
+
+
 def _receives(
     rank: int,
     actions: Sequence[Slot],
     owners: Sequence[int],
-    sends: Sequence[Sequence[Sequence[Send]]],
+    sent: Mapping[tuple[int, int], Sequence[Send]],
 ) -> dict[int, list[Receive]]:
     """Index of a pass → the receives posted before it begins.
 
@@ -101,11 +112,10 @@ def _receives(
     posted: dict[int, list[Receive]] = {}
     for source in sorted({key[0] for key in needed_at}):
         index = len(actions)
-        for send in reversed(list(chain.from_iterable(sends[source]))):
-            if send.peer == rank:
-                key = (source, send.what, send.chunk, send.micro_batch)
-                index = max(0, min(index, needed_at[key] - 1))
-                posted.setdefault(index, []).insert(0, Receive(*key[1:], source))
+        for send in reversed(sent[source, rank]):
+            key = (source, send.what, send.chunk, send.micro_batch)
+            index = max(0, min(index, needed_at[key] - 1))
+            posted.setdefault(index, []).insert(0, Receive(*key[1:], source))
     return posted
 
 

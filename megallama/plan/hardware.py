@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from megallama.config import ConfigError
 from megallama.config.load import read_yaml
-from megallama.config.schema import Count, NonNegative, Positive, Strict
+from megallama.config.values import Count, NonNegative, Positive, Strict
 
 FOLDER = Path(__file__).parent / "hardware"
 

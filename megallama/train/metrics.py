@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megallama.config.schema import COUNT_LIMIT
+from megallama.config.values import COUNT_LIMIT
 from megallama.errors import CorruptError, UserError
 from megallama.files import Disk, refuse_os_errors
 

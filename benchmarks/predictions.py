@@ -6,8 +6,9 @@ First `megallama doctor --calibrate` measures the machine with two workers, unle
 file that it wrote. Then each combination is predicted from that file and run by `megallama bench`:
 two workers of one thread each. The figure is the prediction's distance from the median step.
 
-Memory is there too, and no figure is made of it: predicted are the tensors of the rank that holds
-most, measured is the largest process, with the interpreter, PyTorch and all that it has loaded.
+Memory: predicted are the bytes of the rank whose tensors are most, by the ledger; held is what its
+tensors really were at the worst moment of a step of its own, counted as the tests count them. The
+resident process is there too: it has the interpreter and PyTorch in it.
 """
 
 from __future__ import annotations
@@ -26,13 +27,20 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from megallama.config.load import load_config
 from megallama.config.schema import Config
 from megallama.plan.hardware import Hardware, load_hardware
 from megallama.plan.ledger import ledger
 from megallama.plan.predict import predict
 from megallama.spec.grid import make_grid
+from megallama.train.bench import batches
+from megallama.train.build import build_trainer
 from megallama.train.doctor import processor, versions
+from megallama.train.process import Process
+from tests.dist.processes import LOCAL, run_on
+from tests.memory import counted
 
 RANKS = 2
 MIB = 1 << 20
@@ -96,6 +104,24 @@ def measure(path: Path, layouts: list[str], steps: int, folder: Path) -> list[di
     return found
 
 
+def held(config: Config) -> int:
+    """The most bytes of tensors that a rank has in its second step."""
+
+    def body(rank: int, store: Any) -> int:
+        with counted() as counter:
+            trainer = build_trainer(config, Process(rank, RANKS, rank, RANKS, store, LOCAL))
+            batch_of = batches(config, None, trainer.place)
+            try:
+                trainer.step.run(batch_of(0), config.optimizer.lr)
+                counter.reset()
+                trainer.step.run(batch_of(1), config.optimizer.lr)
+            finally:
+                trainer.groups.close()
+        return counter.peak
+
+    return max(run_on(RANKS, body))
+
+
 def chosen(only: str) -> dict[str, list[str]]:
     """By model the layouts of the rows that have this text."""
     found: dict[str, list[str]] = {}
@@ -108,13 +134,19 @@ def chosen(only: str) -> dict[str, list[str]]:
 def beside(config: Config, hardware: Hardware, figures: dict[str, Any]) -> dict[str, Any]:
     """A row's predicted figures and `megallama bench`'s."""
     prediction, seconds = predict(config, hardware, RANKS), figures["step_seconds"]
+    tensors, counted_bytes = (
+        ledger(config, make_grid(config, RANKS), hardware).largest.held,
+        held(config),
+    )
     return {
         "predicted_seconds": prediction.step_seconds,
         "measured_seconds": seconds,
         "error": prediction.step_seconds / seconds["median"] - 1,
         "predicted_exposed": dict(prediction.exposed),
         "measured_exposed": figures["exposed_seconds"],
-        "predicted_tensor_bytes": ledger(config, make_grid(config, RANKS), hardware).largest.held,
+        "predicted_tensor_bytes": tensors,
+        "held_tensor_bytes": counted_bytes,
+        "memory_error": tensors / counted_bytes - 1,
         "measured_resident_bytes": figures["peak_memory_bytes"],
     }
 
@@ -125,7 +157,8 @@ def line(row: dict[str, Any]) -> str:
         f"{row['model']:16} {row['layout']:66} predicted {row['predicted_seconds']:.3f} s, "
         f"measured {seconds['min']:.3f} {seconds['median']:.3f} {seconds['max']:.3f}, "
         f"{row['error']:+.1%}; tensors {row['predicted_tensor_bytes'] / MIB:,.0f} MiB predicted, "
-        f"process {row['measured_resident_bytes'] / MIB:,.0f} MiB resident"
+        f"{row['held_tensor_bytes'] / MIB:,.0f} held, {row['memory_error']:+.2%}; "
+        f"process {row['measured_resident_bytes'] / MIB:,.0f} MiB"
     )
 
 
@@ -156,7 +189,9 @@ def main() -> None:
                 print(line(rows[-1]), flush=True)
         calibrated = yaml.safe_load(machine.read_text())
     errors = [abs(row["error"]) for row in rows]
-    print(f"mean error {statistics.mean(errors):.1%}, largest {max(errors):.1%}")
+    memory = max(abs(row["memory_error"]) for row in rows)
+    print(f"seconds: mean error {statistics.mean(errors):.1%}, largest {max(errors):.1%}")
+    print(f"bytes of tensors: largest error {memory:.2%}")
     if args.json:
         result = {
             "command": shlex.join(["python", *sys.argv]),
@@ -167,6 +202,7 @@ def main() -> None:
             "rows": rows,
             "mean_error": statistics.mean(errors),
             "largest_error": max(errors),
+            "largest_memory_error": memory,
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

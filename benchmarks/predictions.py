@@ -131,13 +131,12 @@ def chosen(only: str) -> dict[str, list[str]]:
     return found
 
 
-def beside(config: Config, hardware: Hardware, figures: dict[str, Any]) -> dict[str, Any]:
-    """A row's predicted figures and `megallama bench`'s."""
+def beside(
+    config: Config, hardware: Hardware, figures: dict[str, Any], held_bytes: int
+) -> dict[str, Any]:
+    """A row's predicted figures, `megallama bench`'s and the bytes of tensors that were held."""
     prediction, seconds = predict(config, hardware, RANKS), figures["step_seconds"]
-    tensors, counted_bytes = (
-        ledger(config, make_grid(config, RANKS), hardware).largest.held,
-        held(config),
-    )
+    tensors = ledger(config, make_grid(config, RANKS), hardware).largest.held
     return {
         "predicted_seconds": prediction.step_seconds,
         "measured_seconds": seconds,
@@ -145,8 +144,8 @@ def beside(config: Config, hardware: Hardware, figures: dict[str, Any]) -> dict[
         "predicted_exposed": dict(prediction.exposed),
         "measured_exposed": figures["exposed_seconds"],
         "predicted_tensor_bytes": tensors,
-        "held_tensor_bytes": counted_bytes,
-        "memory_error": tensors / counted_bytes - 1,
+        "held_tensor_bytes": held_bytes,
+        "memory_error": tensors / held_bytes - 1,
         "measured_resident_bytes": figures["peak_memory_bytes"],
     }
 
@@ -185,7 +184,8 @@ def main() -> None:
             measured = measure(path, layouts, args.steps, folder)
             for keys, figures in zip(layouts, measured, strict=True):
                 config = load_config(path, keys.split())
-                rows.append({"model": model, "layout": keys, **beside(config, hardware, figures)})
+                figures = beside(config, hardware, figures, held(config))
+                rows.append({"model": model, "layout": keys, **figures})
                 print(line(rows[-1]), flush=True)
         calibrated = yaml.safe_load(machine.read_text())
     errors = [abs(row["error"]) for row in rows]

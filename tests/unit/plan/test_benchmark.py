@@ -36,9 +36,11 @@ def test_a_row_has_both_memories_each_under_its_own_name() -> None:
     config, machine = parse_config(values), load_hardware("cpu")
     seconds = {"min": 1.0, "median": 2.0, "max": 3.0}
     figures = {"step_seconds": seconds, "exposed_seconds": {}, "peak_memory_bytes": 7 << 20}
-    row = BENCHMARK["beside"](config, machine, figures)
+    row = BENCHMARK["beside"](config, machine, figures, 100 << 20)
     assert row["error"] == predict(config, machine, 2).step_seconds / 2 - 1
     held = ledger(config, make_grid(config, 2), machine).largest.held
     assert (row["predicted_tensor_bytes"], row["measured_resident_bytes"]) == (held, 7 << 20)
+    assert row["memory_error"] == held / (100 << 20) - 1
     text = BENCHMARK["line"]({"model": "a", "layout": "b", **row})
-    assert text.endswith(f"tensors {held / 2**20:,.0f} MiB predicted, process 7 MiB resident")
+    words = f"{held / 2**20:,.0f} MiB predicted, 100 held, {row['memory_error']:+.2%}"
+    assert text.endswith(f"tensors {words}; process 7 MiB")

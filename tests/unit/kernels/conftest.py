@@ -6,14 +6,10 @@ import pytest
 import torch
 
 from megallama.kernels import native
+from tests.unit.kernels.operands import VARIANTS
 
 
-def cpu_variants() -> list[str]:
-    module = native.extension()
-    return [name for name in native.CPU_VARIANTS if hasattr(module, name)]
-
-
-@pytest.fixture(params=[*cpu_variants(), "reference"])
+@pytest.fixture(params=VARIANTS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The CPU, with its kernels compiled for one instruction set, or without any."""
     found = {} if request.param == "reference" else {"cpu": native.variants()["cpu"]}

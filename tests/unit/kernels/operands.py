@@ -10,11 +10,20 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+from megallama.kernels import native
+
+#: What this machine can run of the extension, best first, and the references.
+VARIANTS = (
+    *(name for name in native.CPU_VARIANTS if hasattr(native.extension(), name)),
+    "reference",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: How rows lie in memory: whole; with a gap after each; starting one element off.
 LAYOUTS = ("contiguous", "strided", "misaligned")
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+#: For what no variant has a part in: how an op is registered, and what its checks let through.
+best_variant = pytest.mark.parametrize("device", VARIANTS[:1], ids=["best"], indirect=True)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 #: The device is the same for all examples of a test.
 examples = settings(

@@ -18,6 +18,7 @@ from megallama.kernels.check import wide
 from tests.unit.kernels.operands import (
     Operands,
     assert_as_good,
+    best_variant,
     error,
     every_dtype,
     examples,
@@ -191,6 +192,7 @@ def good(
     )
 
 
+@best_variant
 @WIDE
 @pytest.mark.parametrize("copied", [False, True], ids=["alone", "copied"])
 def test_opcheck(device, dtype, copied):

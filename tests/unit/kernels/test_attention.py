@@ -20,6 +20,7 @@ from megallama.kernels.attention import attention_backward, attention_forward
 from tests.unit.kernels.operands import (
     Operands,
     assert_as_good,
+    best_variant,
     every_dtype,
     every_layout,
     examples,
@@ -299,6 +300,7 @@ def test_heads_that_do_not_divide_are_named(op):
         call(op, k=keys, v=keys)
 
 
+@best_variant
 def test_opcheck(device):
     problem = Problem(Operands(device, torch.bfloat16), ((2, 5), 4, 2, 8))
     x = problem.run()

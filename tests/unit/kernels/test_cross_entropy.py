@@ -22,6 +22,7 @@ from megallama.spec.labels import IGNORE
 from tests.unit.kernels.operands import (
     Operands,
     assert_as_good,
+    best_variant,
     every_dtype,
     every_layout,
     examples,
@@ -272,6 +273,7 @@ TENSORS = [
 ]
 
 
+@best_variant
 @every_dtype
 @pytest.mark.parametrize("op", good(torch.device("cpu")))
 def test_opcheck(device, dtype, op):

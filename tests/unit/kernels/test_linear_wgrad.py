@@ -13,7 +13,14 @@ from torch import Tensor
 
 from megallama.kernels import linear_wgrad, native
 from megallama.kernels.linear_wgrad import linear_wgrad_
-from tests.unit.kernels.operands import Operands, assert_as_good, error, every_layout, examples
+from tests.unit.kernels.operands import (
+    Operands,
+    assert_as_good,
+    best_variant,
+    error,
+    every_layout,
+    examples,
+)
 
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 #: (T, O, I). Tiles are 12 × 32, 6 × 16 and 6 × 8; blocks have 256 or 512 tokens, 288 rows, about
@@ -158,6 +165,7 @@ def test_no_elements(device, shape):
     assert torch.equal(dw, torch.ones_like(dw))
 
 
+@best_variant
 @narrow
 def test_opcheck(device, dtype):
     operands = problem(Operands(device, dtype), 10, 14, 34)

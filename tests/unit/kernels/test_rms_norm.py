@@ -17,6 +17,7 @@ from megallama.kernels.rms_norm import (
 from tests.unit.kernels.operands import (
     Operands,
     assert_as_good,
+    best_variant,
     every_dtype,
     every_layout,
     examples,
@@ -157,6 +158,7 @@ def test_sums_round_as_pytorch_rounds_them(device, dtype):
         assert (total[tiny].float().nan_to_num(0).abs() < torch.finfo(torch.float32).tiny).all()
 
 
+@best_variant
 @every_dtype
 def test_opcheck(device, dtype):
     operands = Operands(device, dtype)

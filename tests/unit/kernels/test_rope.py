@@ -13,6 +13,7 @@ from megallama.kernels.rope import rope_backward, rope_forward
 from tests.unit.kernels.operands import (
     Operands,
     assert_as_good,
+    best_variant,
     every_dtype,
     every_layout,
     examples,
@@ -94,6 +95,7 @@ def test_no_elements(device, shape):
     rope_backward(x, cos, sin)
 
 
+@best_variant
 @every_dtype
 def test_opcheck(device, dtype):
     x = Operands(device, dtype)(4, 3, 16)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megallama.kernels import native, squared_norm
 from megallama.kernels.squared_norm import SHARE, squared_norms
-from tests.unit.kernels.operands import Operands, every_dtype, examples
+from tests.unit.kernels.operands import Operands, best_variant, every_dtype, examples
 
 COUNTS = [1, 7, 64, 4099, 2 * SHARE + 1]
 
@@ -73,6 +73,7 @@ def test_the_number_of_threads_changes_no_bit(device, dtype, threads):
     assert torch.equal(alone, several)
 
 
+@best_variant
 @every_dtype
 def test_opcheck(device, dtype):
     x = Operands(device, dtype)(3, 50)

@@ -13,6 +13,7 @@ from megallama.kernels.swiglu import swiglu_backward, swiglu_forward
 from tests.unit.kernels.operands import (
     Operands,
     assert_as_good,
+    best_variant,
     every_dtype,
     every_layout,
     examples,
@@ -107,6 +108,7 @@ def test_no_elements(device, shape):
     assert swiglu_backward(dact.to(device), gate_up)[0].shape == shape
 
 
+@best_variant
 @every_dtype
 def test_opcheck(device, dtype):
     operands = Operands(device, dtype)

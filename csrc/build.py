@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +60,7 @@ def nvcc_flags(archs: Sequence[str], variants: Sequence[str] = ("cuda",)) -> lis
     targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = [part for target in targets for part in ("-gencode", target)]
     flags += ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+    flags += ["-Xptxas", "-v"]  # registers and spills of each kernel, for the report
     return [*flags, *definitions(variants, "cuda")]
 
 
@@ -114,18 +115,9 @@ def build(target: Path, work: Path, flags: Sequence[str] = ()) -> None:
 
     Raises BuildError.
     """
-    work.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     files = commands(work, flags)
-    headers = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
-    rules = max(headers, Path(__file__).stat().st_mtime)
-    stale = [
-        command
-        for item, (source, command) in files.items()
-        if not item.exists() or item.stat().st_mtime < max(source.stat().st_mtime, rules)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, stale))
+    compile_stale(files)
     objects = [str(item) for item in files]
     cuda = nvcc()
     if cuda:
@@ -137,10 +129,34 @@ def build(target: Path, work: Path, flags: Sequence[str] = ()) -> None:
     _run([*link, *objects, "-o", str(target)])
 
 
-def _run(command: Sequence[str]) -> None:
+def report(item: Path) -> Path:
+    """What the compiler said while it made an object; written last, when the object is whole."""
+    return item.with_suffix(".txt")
+
+
+def compile_stale(files: Mapping[Path, tuple[Path, list[str]]]) -> None:
+    """Compile what is not of its source as that is now: some of `commands`. Raises BuildError."""
+    headers = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
+    rules = max(headers, Path(__file__).stat().st_mtime)
+
+    def made(item: Path) -> float:
+        return report(item).stat().st_mtime if item.exists() and report(item).exists() else 0.0
+
+    def compile_one(item: Path) -> None:
+        item.parent.mkdir(parents=True, exist_ok=True)
+        report(item).write_text(_run(files[item][1]))
+
+    stale = [item for item in files if made(item) < max(files[item][0].stat().st_mtime, rules)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, stale))
+
+
+def _run(command: Sequence[str]) -> str:
+    """What it says. Raises BuildError where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 if __name__ == "__main__":

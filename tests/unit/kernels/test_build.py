@@ -39,6 +39,9 @@ def runtime() -> str | None:
     return path if os.path.isabs(path) else None
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
     """The CPU extension, built with AddressSanitizer."""
@@ -88,21 +91,24 @@ def spills(report: str) -> dict[tuple[str, str], int]:
     return found
 
 
-def compile_cuda(source: Path, folder: Path, *flags: str) -> dict[tuple[str, str], int]:
-    command = [build.nvcc(), *build.nvcc_flags(ARCHITECTURES), *flags]
-    command += ["-Xptxas", "-v", "-c", source, "-o", folder / "object.o"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return spills(done.stderr + done.stdout)
-
-
 needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="no CUDA compiler")
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, str]:
+    """What nvcc said of each CUDA source when the extension was built; of an edited one, now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGALLAMA_CUDA_ARCHS", " ".join(ARCHITECTURES))
+        files = build.commands(ROOT / "build" / "objects", [])
+    cuda = {item: made for item, made in files.items() if made[0].suffix == ".cu"}
+    build.compile_stale(cuda)
+    return {source.stem: build.report(item).read_text() for item, (source, _) in cuda.items()}
 
 
 @needs_nvcc
 @pytest.mark.parametrize("source", sorted(CSRC.rglob("*.cu")), ids=lambda path: path.stem)
-def test_cuda_compiles_and_no_kernel_spills(source, tmp_path):
-    found = compile_cuda(source, tmp_path)
+def test_cuda_compiles_and_no_kernel_spills(reports, source):
+    found = spills(reports[source.stem])
     assert {architecture for _, architecture in found} == {f"sm_{a}" for a in ARCHITECTURES}
     assert {place: size for place, size in found.items() if size} == {}
 
@@ -123,10 +129,34 @@ __global__ void __launch_bounds__(1024, 2) planted(float* x) {
 @needs_nvcc
 def test_a_spill_is_found(tmp_path):
     """The check above can fail."""
-    (tmp_path / "planted.cu").write_text(PLANTED)
-    found = compile_cuda(tmp_path / "planted.cu", tmp_path)
+    source, item = tmp_path / "planted.cu", tmp_path / "planted.o"
+    source.write_text(PLANTED)
+    flags = build.nvcc_flags(ARCHITECTURES)
+    build.compile_stale({item: (source, [build.nvcc(), *flags, "-c", source, "-o", item])})
+    found = spills(build.report(item).read_text())
     assert {architecture for _, architecture in found} == {f"sm_{a}" for a in ARCHITECTURES}
     assert min(found.values()) > 0
+
+
+@needs_compiler
+def test_what_is_older_than_its_source_is_compiled_again(tmp_path):
+    """And what was cut short, which has no report; nothing else."""
+    source, item = tmp_path / "a.cpp", tmp_path / "a.o"
+    files = {item: (source, [build.compiler(), "-c", str(source), "-o", str(item)])}
+    report = build.report(item)
+
+    def said(word: str) -> bool:
+        source.write_text(f"#warning {word}")
+        os.utime(source, (1, 1))
+        build.compile_stale(files)
+        return word in report.read_text()
+
+    assert said("first")
+    assert not said("second"), "its time is that of before"
+    os.utime(report, (0, 0))
+    assert said("second")
+    report.unlink()
+    assert said("third")
 
 
 def test_without_a_compiler_the_build_says_what_to_install(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ Two sources, `code` and `prose`, of one tokenizer of 300 tokens, made once a ses
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -39,6 +40,17 @@ class TinyData:
 
 
 def pytest_configure() -> None:
+    gc.disable()  # until all tests are collected: nothing of them is garbage
+    _take_turns()
+
+
+def pytest_collection_finish() -> None:
+    """10,000 tests and their modules stay: no collection of garbage need look at them again."""
+    gc.freeze()
+    gc.enable()
+
+
+def _take_turns() -> None:
     """Processes that tests start do not interrupt each other when a message wakes them.
 
     A rank that is interrupted while it holds a gloo connection's lock leaves gloo's own thread

@@ -70,11 +70,11 @@ lint: .venv/installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Two processes share the tests (four took 10 minutes instead of 7 over the second line: each starts up
-# to eight more). Files of the one kind fill the waits of the other.
+# Three processes share the tests of two cores, a file at a time and in this order: the first mostly
+# waits for SLURM, the layouts' ranks wait for each other, and what computes alone fills both.
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/unit tests/reference tests/security
-	.venv/bin/python -m pytest -n 2 --dist loadfile tests/dist tests/layouts tests/gpu tests/slurm
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+		tests/slurm tests/layouts tests/unit tests/reference tests/security tests/dist tests/gpu
 
 # N combinations of seed SEED; a failing one is printed as the command that repeats it.
 N := 200

@@ -26,7 +26,7 @@ CLIPPED = [
         "tensor=1 data=1 pipeline=4 schedule=zb-h1 micro_batches=5 tied=True layers=5",
         "tensor=1 data=2 pipeline=2 schedule=zb-v micro_batches=3 layers=5 labels=empty_step",
         "tensor=2 data=2 pipeline=2 kv_heads=1 schedule=zb-h2 tied=True precision=fp32",
-        "tensor=2 data=1 pipeline=4 schedule=1f1b-fused micro_batches=6 layers=4 overlap=full",
+        "tensor=2 data=1 pipeline=2 schedule=1f1b-fused micro_batches=4 layers=3 overlap=full",
         "tensor=1 data=2 micro_batches=2 precision=fp32",
     )
 ]

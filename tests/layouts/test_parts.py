@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, product
 from math import prod
 
@@ -12,16 +14,28 @@ import torch
 
 from tests.layouts.case import SCHEDULES, Case
 from tests.layouts.compare import Piece, RankStep, compare, same_as_alone
-from tests.layouts.covering import ALL_BITWISE, BITWISE, CORNERS, default_table, full_table
+from tests.layouts.covering import (
+    ALL_BITWISE,
+    BITWISE,
+    CORNERS,
+    Table,
+    default_table,
+    full_table,
+)
 from tests.layouts.fuzz import draw
 from tests.layouts.problem import batch, problem_of, share_of, solve
 from tests.reference import IGNORED, plain
 
-DEFAULT, FULL = default_table(), full_table()
+
+@cache
+def made(make: Callable[[], Table]) -> Table:
+    """A table, which takes a second: of each one for all tests, and none where others run."""
+    return make()
 
 
-@pytest.mark.parametrize("table", [DEFAULT, FULL], ids=["default", "all"])
-def test_a_table_covers_what_it_says(table):
+@pytest.mark.parametrize("make", [default_table, full_table], ids=["default", "all"])
+def test_a_table_covers_what_it_says(make):
+    table = made(make)
     assert table.pairs[0] == table.pairs[1]
     assert [case.faults() for case in table.cases if case.faults()] == []
     assert set(CORNERS) < set(table.cases)
@@ -45,9 +59,10 @@ def test_a_table_covers_what_it_says(table):
 
 
 def test_the_full_table_covers_every_layout_with_every_schedule_and_overlap():
-    assert all(covered == wanted for covered, wanted in FULL.combined.values())
+    combined = made(full_table).combined
+    assert all(covered == wanted for covered, wanted in combined.values())
     pipelines, one_stage = 10, 10  # the ways to write 2, 4 and 8 with and 1 to 8 without stages
-    assert FULL.combined["layout × schedule × overlap"][1] == 3 * (8 * pipelines + one_stage)
+    assert combined["layout × schedule × overlap"][1] == 3 * (8 * pipelines + one_stage)
 
 
 @pytest.mark.parametrize("cases, stages", [(BITWISE, (2,)), (ALL_BITWISE, (2, 4, 8))])
@@ -70,7 +85,8 @@ def test_a_twin_is_the_same_problem_in_one_process():
 
 
 def test_tables_and_fuzz_are_the_same_every_time():
-    assert (default_table(), full_table()) == (DEFAULT, FULL)
+    for make in (default_table, full_table):
+        assert make() == made(make)
     cases = [draw(1, number) for number in range(60)]
     assert cases == [draw(1, number) for number in range(60)]
     assert len(set(cases)) == 60

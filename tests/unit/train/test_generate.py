@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megallama.cli.main import main
 from megallama.config.schema import Config
 from megallama.data.tokenizer import Tokenizer, train_tokenizer
-from megallama.errors import ConfigError
+from megallama.errors import EXIT_CONFIG, EXIT_LOST, ConfigError
 from megallama.train.build import Trainer, build_dataset, build_trainer
 from megallama.train.generate import generate
 from megallama.train.meeting import Meeting
@@ -126,3 +127,28 @@ def test_no_checkpoint_is_said(tmp_path: Path) -> None:
         generate(tmp_path / "nowhere", "fox", 1)
     with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
         generate(tmp_path, "fox", 1)
+
+
+@pytest.mark.parametrize(
+    "error, words, code",
+    [
+        ("CUDA error: uncorrectable ECC error encountered", "the GPU of rank 0 (host ", EXIT_LOST),
+        ("CUDA out of memory. Tried to allocate 2 GiB", "cpu has no memory left", EXIT_CONFIG),
+    ],
+)
+def test_a_device_that_fails_is_said_in_one_line(
+    chain: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: str,
+    words: str,
+    code: int,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError(error)
+
+    directory = chain({})
+    monkeypatch.setattr("megallama.model.llama.Llama.logits", fail)
+    assert main(["generate", str(directory), "--prompt", "fox"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from megallama.train.local_worker import REPORT_LENGTH, Failure
-from megallama.train.signals import CODES
+from megallama.train.signals import heeded
 
 #: Bytes of a whole report: JSON writes up to six for a character.
 REPORT_BYTES = 8 * REPORT_LENGTH
@@ -28,7 +28,7 @@ class Inbox:
             end.setblocking(False)
         # Python writes the number of every signal that has a handler to this socket.
         self._wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        numbers = (*CODES, signal.SIGCHLD)
+        numbers = (*heeded(), signal.SIGCHLD)
         self._handlers = {n: signal.signal(n, lambda number, frame: None) for n in numbers}
         return self
 

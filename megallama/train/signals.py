@@ -10,17 +10,25 @@ from types import FrameType, TracebackType
 
 from megallama.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
-#: Signal → the exit code once everything is saved: a scheduler's request asks to be requeued, a
-#: person's does not.
+#: Signal → the exit code once everything is saved: a scheduler's request, and the loss of the
+#: terminal, ask to be started again; a person's does not.
 CODES = {
     signal.SIGTERM: EXIT_STOPPED,
     signal.SIGUSR1: EXIT_STOPPED,
+    signal.SIGHUP: EXIT_STOPPED,
     signal.SIGINT: EXIT_INTERRUPTED,
 }
 
 
+def heeded() -> list[signal.Signals]:
+    """The keys of `CODES`, without SIGHUP where it is ignored: `nohup` asks for that, and forked
+    workers inherit it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in CODES if number != signal.SIGHUP or not ignored]
+
+
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and Ctrl-C set `code` instead of ending the process.
+    """While entered, the signals of `heeded` set `code` instead of ending the process.
 
     A second Ctrl-C ends it at once: the person is sure.
     """
@@ -30,7 +38,7 @@ class StopSignals:
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in CODES:
+        for number in heeded():
             self._previous[number] = signal.signal(number, self._request)
         return self
 

@@ -96,6 +96,11 @@ def stops_when_asked(process, stop):
     (FOLDER / f"saved-{process.rank}").touch()
     return stop.code
 
+def is_hung_up_on(process, stop):
+    os.kill(os.getppid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)
+    return stop.code or 0
+
 def dies_when_asked(process, stop):
     (FOLDER / f"ready-{process.rank}").touch()
     while stop.code is None or process.rank != 1:
@@ -145,6 +150,8 @@ def run_parent():
         os.dup2(os.open(FOLDER / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if NAME.endswith("@import"):
         sys.meta_path.insert(0, SignalOnImport())
+    hangup = signal.SIG_IGN if NAME.endswith("@nohup") else signal.SIG_DFL
+    signal.signal(signal.SIGHUP, hangup)
     if NAME.endswith("@fork"):
         os.fork = fork_and_signal
     sys.stdout.write("parent\n")  # stays in the buffer until the forks
@@ -284,6 +291,7 @@ ENDS = {
     "nobody_reads": (0, ""),
     "stops_when_asked@import": (75, ""),
     "stops_when_asked@fork": (75, ""),
+    "is_hung_up_on@nohup": (0, ""),
 }
 
 
@@ -291,6 +299,7 @@ ENDS = {
 STOPPED = {
     "stops_when_asked@sigterm": (signal.SIGTERM, 75),
     "stops_when_asked@sigusr1": (signal.SIGUSR1, 75),
+    "stops_when_asked@sighup": (signal.SIGHUP, 75),
     "stops_when_asked@sigint": (signal.SIGINT, 130),
     "dies_when_asked@sigterm": (signal.SIGTERM, 69),
     "never_stops@sigint": (signal.SIGINT, 130),

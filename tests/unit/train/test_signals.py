@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from megallama.train.inbox import Inbox
 from megallama.train.signals import StopSignals
 
-NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def handlers() -> Iterator[dict[int, object]]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number, code", list(zip(NUMBERS, (75, 75, 130), strict=True)))
+@pytest.mark.parametrize("number, code", list(zip(NUMBERS, (75, 75, 75, 130), strict=True)))
 def test_a_signal_sets_the_exit_code(
     handlers: dict[int, object], number: signal.Signals, code: int
 ) -> None:
@@ -58,3 +59,16 @@ def test_only_ctrl_c_twice_is_impatient(handlers: dict[int, object]) -> None:
         assert stop.code == 130
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_hangup_that_is_ignored_stays_so(handlers: dict[int, object]) -> None:
+    """As `nohup` starts a command."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.code is None
+        with Inbox() as inbox:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            assert inbox.signals() == bytes([signal.SIGTERM])
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

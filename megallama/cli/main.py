@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from megallama import __version__
 from megallama.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError, UserError
@@ -39,20 +40,34 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    words = ""
     try:
         args = _parse(list(sys.argv[1:] if arguments is None else arguments))
         code: int = args.run(args)
-        sys.stdout.flush()
-        return code
     except UserError as error:
-        print(f"megallama: error: {error}", file=sys.stderr)
-        return error.exit_code
+        code, words = error.exit_code, f"megallama: error: {error}\n"
     except KeyboardInterrupt:
-        print("megallama: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code, words = EXIT_INTERRUPTED, "megallama: interrupted\n"
     except BrokenPipeError:  # whoever read our output has enough, `head` for one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+        code = EXIT_DONE
+    _write_out(sys.stdout)
+    _write_out(sys.stderr, words)
+    return code
+
+
+def _write_out(stream: TextIO, words: str = "") -> None:
+    """Write `words` after what is still in the buffer.
+
+    Where a pipe was closed or a terminal is gone (EIO), nobody reads, and the exit code says all.
+    """
+    try:
+        stream.write(words)
+        stream.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        # The interpreter writes the buffer once more as it exits, and would exit with 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

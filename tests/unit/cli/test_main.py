@@ -67,6 +67,22 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_the_code_is_right_though_nobody_reads(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that saves after its terminal is gone still asks to be started again."""
+    reader, writer = os.pipe() if kind == "pipe" else os.openpty()
+    os.close(reader)
+
+    def stopped(args: object) -> int:
+        print("the last line")
+        return 75
+
+    with open(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(train_command, "run", stopped)
+        patch.setattr(sys, "stdout", stream)
+        assert main(["train", "x.yaml"]) == 75
+
+
 LIGHT = """
 import sys
 from megallama.cli.main import main

@@ -5,10 +5,12 @@ The processes run side by side; each is stopped once its metrics show that it tr
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +51,30 @@ def start(name: str, *words: str) -> subprocess.Popen[str]:
     )
 
 
+def start_on_terminal(name: str, *words: str) -> tuple[subprocess.Popen[str], int]:
+    """The same in the foreground of a terminal, whose other end is returned too."""
+    ours, its = os.openpty()
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+
+    command = [*MEGALLAMA, "train", *words, f"run.name={name}"]
+    # A dumb terminal gets no bar: nobody reads this one, and it would be full.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    process = subprocess.Popen(
+        command,
+        stdout=its,
+        stderr=its,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(its)
+    return process, ours
+
+
 def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
     while process.poll() is None:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
@@ -58,21 +84,25 @@ def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> N
 
 @pytest.fixture
 def stopped(config_file: ConfigFile, tmp_path: Path) -> Iterator[Stopped]:
-    """How runs end that get a signal after a few steps, the time box, or nothing at all."""
+    """How runs end that get a signal after a few steps, lose their terminal, or neither."""
     path = str(config_file(ENDLESS))
     signals = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal.SIGKILL}
     processes = {name: start(name, path) for name in signals}
     processes["time-box"] = start("time-box", path, "train.max_minutes=1e-9")
     processes["done"] = start("done", path, "train.steps=3")
+    processes["hangup"], terminal = start_on_terminal("hangup", path, "log.every=1000000")
     ended = {}
     try:
-        for name, number in signals.items():
+        for name in (*signals, "hangup"):
             metrics = tmp_path / "runs" / name / "metrics.jsonl"
             wait_for_step(processes[name], metrics, 8)
-            processes[name].send_signal(number)
+            if name in signals:
+                processes[name].send_signal(signals[name])
+            else:
+                os.close(terminal)
         for name, process in processes.items():
             _, error = process.communicate()
-            ended[name] = Ended(process.returncode, error, tmp_path / "runs" / name)
+            ended[name] = Ended(process.returncode, error or "", tmp_path / "runs" / name)
         yield ended
     finally:
         for process in processes.values():
@@ -93,6 +123,7 @@ def test_a_process_ends_as_documented_and_goes_on_where_it_was(
         "sigterm": 75,
         "sigint": 130,
         "sigkill": -signal.SIGKILL,
+        "hangup": 75,
         "time-box": 75,
         "done": 0,
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megallama.check.classes import classes
 from megallama.check.matching import Fault, Ranks, match, weights
 from megallama.check.program import Book
-from megallama.check.rehearse import How, Rehearsal, rehearse, steps_of
+from megallama.check.rehearse import Rehearsal, rehearse, steps_of
 from megallama.check.waiting import circle
 from megallama.config.schema import Config
 from megallama.spec.grid import Grid, Place
@@ -55,13 +55,6 @@ def check(config: Config, grid: Grid) -> Checked:
     fault = fault or next(filter(None, (_memory(config, kind) for kind in kinds)), None)
     operations = sum(each.rehearsal.log.issued * len(each.ranks) for each in kinds)
     return Checked(kinds, sum(1 for _ in job.groups()), operations, len(steps_of(config)), fault)
-
-
-def rehearse_all(config: Config, grid: Grid, how: Callable[[int], How]) -> Ranks:
-    """Every rank by itself, each in its way: no class stands for others."""
-    book = Book()
-    found = [rehearse(config, Place(grid, rank), book, how(rank)) for rank in range(grid.size)]
-    return Ranks(found, range(grid.size), [rehearsal.members for rehearsal in found])
 
 
 def together(

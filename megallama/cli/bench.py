@@ -24,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="local workers")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them")
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N", help="timed steps (default 10)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=3, metavar="N", help="steps before them (default 3)"
+    )
     parser.add_argument(
         "--layout",
         action="append",
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE.yaml",
         help="put what `megallama plan` predicts for this machine beside the figures",
     )
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the figures here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures here")
     parser.epilog = (
         "mfu counts 6·L·[(2+2K/H)·D²+3·D·F] + 6·V·D + 6·L·D·S FLOPs a token (causal attention "
         "half), mfu_6n counts 6·parameters; both are null where the device's peak is unknown. "

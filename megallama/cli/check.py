@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write what was found here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write what was found here")
     parser.epilog = (
         "Runs the training step of a rank of each kind on tensors without values, and matches what "
         "all ranks ask of their groups. Exit code 0: every operation has its counterparts and no "

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("--weights-only", action="store_true",
                       help="not the moments and the counters")  # fmt: skip
     for command in (ls, verify, diff):
-        command.add_argument("--json", type=Path, metavar="PATH", help="also write it there")
+        command.add_argument("--json", type=Path, metavar="PATH", help="also write it here")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,15 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help=".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet")  # fmt: skip
     build.add_argument("--tokenizer", required=True, type=Path, metavar="TOK.model")
     build.add_argument("--out", required=True, type=Path, metavar="PREFIX")
-    build.add_argument("--text-field", default="text", help="default: text")
-    build.add_argument("--workers", type=int, help="processes; default: one a core")
-    build.add_argument("--json", type=Path, metavar="PATH", help="write the counts there too")
+    build.add_argument("--text-field", default="text", metavar="NAME", help="default: text")
+    build.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
+    build.add_argument("--json", type=Path, metavar="PATH", help="also write the counts here")
 
     inspect = commands.add_parser("inspect", help="verify a token file; show a document")
     inspect.add_argument("prefix", type=Path, metavar="PREFIX")
     inspect.add_argument("--document", type=int, metavar="N", help="show document N")
     inspect.add_argument("--tokenizer", type=Path, metavar="TOK.model", help="show it as text")
-    inspect.add_argument("--json", type=Path, metavar="PATH", help="write the counts there too")
+    inspect.add_argument("--json", type=Path, metavar="PATH", help="also write the counts here")
 
     stdlib = commands.add_parser("stdlib", help="a corpus: Python's standard library")
     stdlib.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")

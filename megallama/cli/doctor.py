@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run.root, whose disk is looked at (default: runs)",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the findings there, too")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the findings here")
     parser.add_argument(
         "--calibrate",
         type=Path,

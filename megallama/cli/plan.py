@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeline", type=Path, metavar="F", help="the predicted step: F.json (Perfetto) or F.png"
     )
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the figures here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures here")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument(
         "--target-loss", type=_amount, metavar="L", help="advise a model size and tokens for a loss"

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=_time, default=1.0, metavar="T", help=f"time {what} (default 1)"
         )
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the figures here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures here")
     parser.add_argument("--png", type=Path, metavar="F", help="also draw a picture here")
     parser.epilog = EPILOG
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help=".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet")  # fmt: skip
     train.add_argument("--vocab-size", required=True, type=int, metavar="N")
     train.add_argument("--out", required=True, type=Path, metavar="TOK.model")
-    train.add_argument("--text-field", default="text", help="default: text")
+    train.add_argument("--text-field", default="text", metavar="NAME", help="default: text")
 
 
 def run(args: argparse.Namespace) -> int:

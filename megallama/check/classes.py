@@ -2,14 +2,16 @@
 
 A rank's place reaches its trainer through few things: its pipeline rank, which names its chunks,
 its list of actions and its links; its shards, by their shapes, copies and owners, where padding
-and replicated heads make ranks differ; and whether it is the first tensor rank, which counts what
-all of them have alike. Where these are equal, all tensors have equal shapes and every branch goes
-the same way: ranks of a class issue the same operations, each in its own groups.
+and replicated heads make ranks differ, though not which rows of a matrix they have; and whether it
+is the first tensor rank, which counts what all of them have alike. Where these are equal, all
+tensors have equal shapes and every branch goes the same way: ranks of a class issue the same
+operations, each in its own groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from math import prod
 
 from megallama.config.schema import Config
 from megallama.spec.grid import Grid, Place
@@ -49,9 +51,15 @@ def _kind(parameter: Parameter) -> Hashable:
 
 
 def _shape(one: Shard) -> Hashable:
-    """What shows of a shard in its rank's program: all but where it lies in its global tensor."""
-    pieces = tuple(
-        (piece.part.heads, piece.shape, piece.copies, piece.owned) for piece in one.own_pieces
+    """What shows of a shard in its rank's program: all but where it lies in its global tensor.
+
+    Of rows that no other tensor rank holds, how many are owned; not of which parts they are.
+    """
+    shared = tuple(
+        (piece.part.heads, piece.shape, piece.copies, piece.owned)
+        for piece in one.own_pieces
+        if piece.copies > 1
     )
+    owned = sum(prod(p.shape) for p in one.own_pieces if p.copies == 1 and p.owned)
     held = tuple((piece.shape, piece.row) for piece in one.pieces)
-    return one.shape, one.padded_rows, one.own_shape, pieces, held
+    return one.shape, one.padded_rows, one.own_shape, shared, owned, held

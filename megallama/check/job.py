@@ -9,11 +9,13 @@ from megallama.check.classes import classes
 from megallama.check.matching import Fault, Ranks, match, weights
 from megallama.check.program import Book
 from megallama.check.rehearse import Rehearsal, rehearse, steps_of
-from megallama.check.waiting import circle
+from megallama.check.waiting import circle, forgotten
 from megallama.config.schema import Config
+from megallama.spec.collectives import Count
 from megallama.spec.grid import Grid, Place
 from megallama.spec.groups import group_members, run_schedule
 from megallama.spec.memory import kept_bytes, rank_bytes
+from megallama.spec.traffic import initial_traffic
 from megallama.spec.workspaces import Device
 
 
@@ -52,7 +54,8 @@ def check(config: Config, grid: Grid) -> Checked:
         Kind(tuple(ranks), rehearsal, ledger(config, rehearsal.place))
         for ranks, rehearsal in zip(alike, found, strict=True)
     )
-    fault = fault or next(filter(None, (_memory(config, kind) for kind in kinds)), None)
+    fault = fault or next(filter(None, (memory(config, kind) for kind in kinds)), None)
+    fault = fault or next(filter(None, (traffic(config, one) for one in found)), None)
     operations = sum(each.rehearsal.log.issued * len(each.ranks) for each in kinds)
     return Checked(kinds, sum(1 for _ in job.groups()), operations, len(steps_of(config)), fault)
 
@@ -72,7 +75,7 @@ def together(
 
 def faults(job: Ranks, config: Config) -> Fault | None:
     """The first fault: of groups and operations, then of waits, then of the weights' owners."""
-    return match(job) or circle(job) or weights(job, config.model)
+    return match(job) or circle(job) or forgotten(job) or weights(job, config.model)
 
 
 def ledger(config: Config, place: Place) -> dict[str, int]:
@@ -86,7 +89,7 @@ def _device(config: Config) -> Device:
     return Device("cuda" if config.train.precision == "bf16" else "cpu")
 
 
-def _memory(config: Config, kind: Kind) -> Fault | None:
+def memory(config: Config, kind: Kind) -> Fault | None:
     """Where the rehearsal has other bytes than the ledger of the same name."""
     place = kind.rehearsal.place
     actions = run_schedule(config, place.grid).actions[place.along("pipeline")]
@@ -96,3 +99,23 @@ def _memory(config: Config, kind: Kind) -> Fault | None:
             text = f"{name} on rank {place.rank}: {counted:,} bytes, the ledger says"
             return Fault("memory", f"{text} {said.get(name, 0):,}; this is a bug", (place.rank,))
     return None
+
+
+def traffic(config: Config, rehearsal: Rehearsal) -> Fault | None:
+    """Where a rank sends what `spec.traffic` does not say: in another group, say, as all do."""
+    place, device = rehearsal.place, _device(config).type
+    said = {"build": initial_traffic(config, place).counts}
+    said |= {step.name: step.said(config, place, device) for step in steps_of(config)}
+    for part in rehearsal.marks:
+        sent = rehearsal.sent(part)
+        for key in sorted(said[part].keys() | sent.keys()):
+            found, formula = (_counted(each.get(key)) for each in (sent, said[part]))
+            if found != formula:
+                text = f"{part}, {key[1]} in group {key[0]!r} on rank {place.rank}: {found}"
+                says = f"{text}, the formulas say {formula}; this is a bug"
+                return Fault("traffic", says, (place.rank,))
+    return None
+
+
+def _counted(count: Count | None) -> str:
+    return f"{count.calls:,} calls of {count.bytes:,} bytes in all" if count else "nothing"

@@ -20,8 +20,9 @@ LISTED = 8
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a job, in one line or a few. `kind`: groups, mismatch, weights, deadlock.
-    `ranks`: those that are named; `sites`: file and line at each of them, where they have one."""
+    """What is wrong with a job, in one line or a few. `kind`: groups, mismatch, deadlock, wait,
+    weights, memory, traffic. `ranks`: those that are named; `sites`: file and line at each of them,
+    where they have one."""
 
     kind: str
     text: str

@@ -6,6 +6,7 @@ rehearsed for each way that it can go: applied, and left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -15,16 +16,18 @@ import numpy as np
 import torch
 
 from megallama.check.group import Answer, AnsweringGroup, NotingGroup
-from megallama.check.program import Book, Log, issued
+from megallama.check.program import Book, Log, Operation, issued
 from megallama.check.replay import ReplayingPipeline
 from megallama.config.schema import Config
 from megallama.data.dataset import Batch
 from megallama.dist.connect import Groups
 from megallama.dist.group import Group, SingleGroup
-from megallama.dist.traffic import Count, Traffic
+from megallama.dist.traffic import Traffic
+from megallama.spec.collectives import Count
 from megallama.spec.grid import Place
 from megallama.spec.groups import group_members, run_schedule
-from megallama.spec.traffic import REQUESTS
+from megallama.spec.replicas import comparison_traffic
+from megallama.spec.traffic import REQUESTS, step_traffic
 from megallama.train.build import Trainer, assemble
 from megallama.train.replicas import Replicas
 from megallama.train.tally import Request
@@ -45,6 +48,13 @@ class Step:
     told: float
     compares: bool
     layer_norms: bool = False
+
+    def said(self, config: Config, place: Place, device: str) -> Mapping[tuple[str, str], Count]:
+        """What the rank at `place` sends by `spec.traffic`."""
+        left_out = 2 if config.parallel.early_step else 0  # an early update is taken back
+        updates = 1 if self.told else left_out
+        total = step_traffic(config, place, device, layer_norms=self.layer_norms, updates=updates)
+        return (total + comparison_traffic(config, place) if self.compares else total).counts
 
 
 def steps_of(config: Config) -> list[Step]:
@@ -87,10 +97,23 @@ class Rehearsal:
 
     def sent(self, name: str) -> dict[tuple[str, str], Count]:
         """Calls and bytes of a step, by group and operation, as `dist.traffic` counts them."""
-        traffic = Traffic()
-        for operation in issued(self.log.book, self.part(name)):
-            traffic.add(operation.group, operation.kind, operation.sent)
-        return traffic.counts
+        calls, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        for number, times in Counter(self.part(name)).items():
+            if number >= 0:
+                operation = self.log.book.operations[number]
+                calls[operation.group, operation.kind] += times
+                sizes[operation.group, operation.kind] += times * operation.sent
+        return {key: Count(count, sizes[key]) for key, count in calls.items()}
+
+    @property
+    def forgotten(self) -> Operation | None:
+        """The first operation that was never waited for; those of the last step may still be."""
+        begin = list(self.marks.values())[-2]
+        waited = {-1 - event for event in self.log.events if event < 0}
+        for place, operation in enumerate(issued(self.log.book, self.log.events[:begin])):
+            if place not in waited:
+                return operation
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Whether a job that matches comes to its end, or ranks wait for each other in a circle.
+"""Whether a job that matches comes to its end, or ranks wait for each other in a circle, and
+whether each waits for all that it began.
 
 An operation of a group runs when all of its ranks have issued it; a message too, so that a send
 ends when its receive is posted and no sooner. Operations of one group run in their order, those of
@@ -46,6 +47,17 @@ def circle(ranks: Ranks) -> Fault | None:
     run = _Run(ranks)
     run.go()
     return run.stuck()
+
+
+def forgotten(ranks: Ranks) -> Fault | None:
+    """An operation that some rank never waits for: what it fills or sends may be used too soon."""
+    for program in sorted(set(ranks.program_of)):
+        operation = ranks.rehearsals[program].forgotten
+        if operation is not None:
+            rank = ranks.program_of.index(program)
+            text = f"rank {rank} never waits for {operation} in group {operation.group!r}"
+            return Fault("wait", text, (rank,), (operation.site,))
+    return None
 
 
 class _Run:

@@ -1,0 +1,339 @@
+"""Changes to a rank's trainer before its first step, of which `planted` has the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megallama.dist.group import COVER, SingleGroup
+from megallama.dist.handle import Done, Handle
+from megallama.parallel.pipeline import Pipeline
+from megallama.spec.schedules.actions import Action, Compute, Fused, Receive, Send
+from megallama.spec.schedules.messages import whole_lists
+from megallama.spec.schedules.plain import one_f_one_b
+from megallama.train.build import Trainer
+
+
+def around(owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """Replace a method by `change(method, …)`."""
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *given, **named: change(method, *given, **named))
+
+
+def _lists(trainer: Trainer, change: Callable[[Sequence[Action]], Sequence[Action]]) -> None:
+    """Change this rank's list of actions."""
+    config, data = trainer.config, trainer.place.grid.data
+    pipeline: Pipeline = trainer.step.pipelines.train(
+        config.train.global_batch // (config.train.micro_batch * data)
+    )
+    actions = list(pipeline.schedule.actions)
+    actions[pipeline.rank] = tuple(change(actions[pipeline.rank]))
+    pipeline.schedule = replace(pipeline.schedule, actions=tuple(actions))
+
+
+def _swapped(actions: Sequence[Action], kind: type[Action], first: int = 0) -> list[Action]:
+    """The first two actions of a kind from `first` on, each in the other's place."""
+    found = [index for index, action in enumerate(actions) if isinstance(action, kind)]
+    one, other = found[first : first + 2]
+    changed = list(actions)
+    changed[one], changed[other] = actions[other], actions[one]
+    return changed
+
+
+def _without(actions: Sequence[Action], kind: type[Action]) -> list[Action]:
+    """All but the last of a kind."""
+    last = max(index for index, action in enumerate(actions) if isinstance(action, kind))
+    return [action for index, action in enumerate(actions) if index != last]
+
+
+class _Later:
+    """The handle of a gather that another one overtakes."""
+
+    cover = COVER
+
+    def __init__(self, gather: Callable[[Tensor], Handle[Tensor]], x: Tensor) -> None:
+        self._gather, self._x = gather, x
+        self._handle: Handle[Tensor] | None = None
+
+    def start(self) -> None:
+        self._handle = self._gather(self._x)
+
+    def wait(self) -> Tensor:
+        if self._handle is None:
+            self.start()
+        assert self._handle is not None
+        return self._handle.wait()
+
+
+def gathers_swapped(trainer: Trainer) -> None:
+    """The backward gathers n2 before dz: both have one shape, and the data would be mixed up."""
+    tokens, late = trainer.model.tokens, list[_Later]()
+    gather = tokens.gather
+
+    def swapped(x: Tensor) -> Handle[Tensor]:
+        if not late:
+            late.append(_Later(gather, x))
+            return late[0]
+        handle = gather(x)
+        late.pop().start()
+        return handle
+
+    tokens.gather = swapped  # type: ignore[method-assign]
+
+
+def sums_for_scatters(trainer: Trainer) -> None:
+    """An all-reduce in place of a reduce-scatter."""
+    group = trainer.model.tokens.group
+
+    def scatter(_: Any, x: Tensor, wire: Any = None) -> Any:
+        return Done(group.all_reduce(x).wait()[: len(x) // group.size])
+
+    around(group, "reduce_scatter", scatter)
+
+
+def half_a_gather(trainer: Trainer) -> None:
+    """One gather of half the tokens."""
+    group, calls = trainer.model.tokens.group, []
+
+    def gather(method: Any, x: Tensor, out: Any = None) -> Any:
+        calls.append(1)
+        if len(calls) != 3:
+            return method(x, out)
+        method(x[: len(x) // 2])
+        return Done(x.new_empty(len(x) * group.size, *x.shape[1:]))
+
+    around(group, "all_gather", gather)
+
+
+def one_gather_less(trainer: Trainer) -> None:
+    """A gather is left out, late in the step."""
+    group, calls = trainer.model.tokens.group, []
+
+    def gather(method: Any, x: Tensor, out: Any = None) -> Any:
+        calls.append(1)
+        if len(calls) == 17:
+            return Done(x.new_empty(len(x) * group.size, *x.shape[1:]))
+        return method(x, out)
+
+    around(group, "all_gather", gather)
+
+
+def one_gather_more(trainer: Trainer) -> None:
+    """A gather is issued twice."""
+    group, calls = trainer.model.tokens.group, []
+
+    def gather(method: Any, x: Tensor, out: Any = None) -> Any:
+        calls.append(1)
+        if len(calls) == 9:
+            method(x)
+        return method(x, out)
+
+    around(group, "all_gather", gather)
+
+
+def wide_gather(trainer: Trainer) -> None:
+    """A gather of fp32 in place of fp64."""
+    group = trainer.model.tokens.group
+    around(group, "all_gather", lambda method, x, out=None: _narrowed(method, x))
+
+
+def _narrowed(method: Any, x: Tensor) -> Any:
+    return Done(method(x.float()).wait().to(x.dtype))
+
+
+def send_left_out(trainer: Trainer) -> None:
+    _lists(trainer, lambda actions: _without(actions, Send))
+
+
+def sends_swapped(trainer: Trainer) -> None:
+    """Two messages leave in the other order."""
+    around(trainer.groups["pipeline 0>1"], "send", _relabelled)
+
+
+def _relabelled(method: Any, x: Tensor, peer: int, label: str) -> Any:
+    swap = {"activations of F(0, 0)": "activations of F(0, 1)"}
+    return method(x, peer, swap.get(label, label))
+
+
+def receives_swapped(trainer: Trainer) -> None:
+    _lists(trainer, lambda actions: _swapped(actions, Receive))
+
+
+def half_a_message(trainer: Trainer) -> None:
+    """Half of an activation is sent."""
+    link = trainer.groups["pipeline 0>1"]
+    around(link, "send", lambda method, x, *rest: method(x[: len(x) // 2], *rest))
+
+
+def norms_apart(trainer: Trainer) -> None:
+    trainer.zero._norm_gradients = lambda: []  # type: ignore[method-assign]
+
+
+def heads_apart(trainer: Trainer) -> None:
+    trainer.zero._key_value_gradients = lambda: []  # type: ignore[method-assign]
+
+
+def tied_apart(trainer: Trainer) -> None:
+    trainer.zero.groups = replace(trainer.zero.groups, tied=None)
+
+
+def buckets_reversed(trainer: Trainer) -> None:
+    """The updated weights leave in the other order."""
+    trainer.zero.buckets = trainer.zero.buckets[::-1]
+
+
+def buckets_of_equal_layers_swapped(trainer: Trainer) -> None:
+    """Of the updated weights two layers' leave in the other order: of one shape, from one line."""
+    head, one, other, *rest = trainer.zero.buckets
+    trainer.zero.buckets = (head, other, one, *rest)
+
+
+def bucket_split(trainer: Trainer) -> None:
+    """A bucket's gradients leave as two."""
+    group = trainer.zero.groups.data
+
+    def reduce(method: Any, tensors: Sequence[Tensor], wire: Any = None) -> Any:
+        method(tensors[:1], wire)
+        return method(tensors[1:], wire) if len(tensors) > 1 else Done(None)
+
+    around(group, "reduce_scatter_rows", reduce)
+
+
+def bucket_short(trainer: Trainer) -> None:
+    """A parameter of each bucket is left out."""
+    group = trainer.zero.groups.data
+    around(group, "reduce_scatter_rows", lambda method, t, wire=None: method(t[:-1] or t, wire))
+
+
+def crosswise(trainer: Trainer) -> None:
+    """Two sums, over data and over tensor ranks: each rank waits for one before it goes to the
+    other, and its neighbours take them the other way round."""
+    zero, place = trainer.zero, trainer.place
+    first = (place.along("tensor") + place.along("data")) % 2 == 0
+    data, tensor = trainer.groups["data"], trainer.groups["tensor"]
+    own = next(iter(trainer.model.state.own_gradients.values()))
+
+    def finish(method: Any) -> None:
+        for group in (data, tensor) if first else (tensor, data):
+            group.all_reduce(own[:1]).wait()
+        method()
+
+    around(zero, "finish_gradients", finish)
+
+
+def no_warm_up(trainer: Trainer) -> None:
+    """1F1B's list with its pairs fused, and no more than the warm-up that it has."""
+    pipeline = trainer.step.pipelines.train(trainer.config.train.global_batch)
+    schedule = pipeline.schedule
+    ranks = [_fused(list_) for list_ in one_f_one_b(schedule.stages, schedule.micro_batches)]
+    lists = whole_lists([ranks[0], *map(slots, schedule.actions[1:])], schedule.owners)
+    pipeline.schedule = replace(schedule, actions=lists)
+
+
+def slots(actions: Sequence[Action]) -> list[Compute | Fused]:
+    """What is computed in a list."""
+    return [action for action in actions if isinstance(action, Compute | Fused)]
+
+
+def _fused(actions: Sequence[Any]) -> list[Any]:
+    found, index = [], 0
+    while index < len(actions):
+        pair = actions[index : index + 2]
+        if [one.kind for one in pair if isinstance(one, Compute)] == ["F", "BW"]:
+            found.append(Fused(*pair))
+            index += 2
+        else:
+            found.append(actions[index])
+            index += 1
+    return found
+
+
+def receive_first(trainer: Trainer) -> None:
+    """A rank waits for the gradient of a micro-batch before it sends its activations."""
+    receive = trainer.groups["pipeline 1>0"].receive
+
+    def waits(out: Tensor, peer: int, label: str) -> Any:
+        return Done(receive(out, peer, label).wait())
+
+    trainer.groups["pipeline 1>0"].receive = waits  # type: ignore[method-assign]
+    _lists(trainer, _receives_first)
+
+
+def _receives_first(actions: Sequence[Action]) -> list[Action]:
+    received = [action for action in actions if isinstance(action, Receive)]
+    return [received[0], *(action for action in actions if action != received[0])]
+
+
+def sum_left_out(trainer: Trainer) -> None:
+    """A rank takes its own part of the step's sum for the whole."""
+    trainer.step.tally.world = SingleGroup("world")
+
+
+def weights_not_waited_for(trainer: Trainer) -> None:
+    """The weights of an update are taken for here while they are on their way."""
+    trainer.model.state.weight = lambda name: Done(trainer.model.state.weights[name])  # type: ignore[method-assign]
+    trainer.model.state.arriving.clear()
+
+    def changing(method: Any) -> Any:
+        trainer.model.state.arriving.clear()
+        return method()
+
+    around(trainer.zero, "changing_weights", changing)
+
+
+def scatter_not_waited_for(trainer: Trainer) -> None:
+    """One sum over tensor ranks is taken for done as it begins."""
+    group, calls = trainer.model.tokens.group, []
+
+    def scatter(method: Any, x: Tensor, wire: Any = None) -> Any:
+        calls.append(1)
+        handle = method(x, wire)
+        return Done(x[: len(x) // group.size]) if len(calls) == 5 else handle
+
+    around(group, "reduce_scatter", scatter)
+
+
+def sends_not_waited_for(trainer: Trainer) -> None:
+    """What is sent may be written over before it has left."""
+    link = trainer.groups["pipeline 0>1"]
+    around(link, "send", lambda method, *given: Done(method(*given) and None))
+
+
+def gradients_not_waited_for(trainer: Trainer) -> None:
+    """The update does not wait for the sums of gradients."""
+    around(trainer.zero, "finish_gradients", lambda method: trainer.zero._reducing.clear())
+
+
+def norms_over_data_ranks(trainer: Trainer) -> None:
+    """A group of the right size with the wrong members."""
+    groups = trainer.zero.groups
+    trainer.zero.groups = replace(groups, tensor=groups.data)
+
+
+def narrow_gradients(trainer: Trainer) -> None:
+    trainer.zero.wire = torch.bfloat16
+
+
+def bucket_kept(trainer: Trainer) -> None:
+    """The first bucket's updated weights do not leave."""
+    kept = trainer.model.state.padded_weights[trainer.zero.buckets[0][0]]
+
+    def gather(method: Any, tensors: Sequence[Tensor]) -> Any:
+        return Done(None) if tensors[0] is kept else method(tensors)
+
+    around(trainer.zero.groups.data, "all_gather_rows", gather)
+
+
+def an_update_more(trainer: Trainer) -> None:
+    """Weights leave twice."""
+
+    def finish(method: Any) -> None:
+        method()
+        with trainer.zero.changing_weights():
+            pass
+
+    around(trainer.zero, "finish_gradients", finish)

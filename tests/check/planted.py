@@ -14,7 +14,7 @@ from megallama.check.program import Book
 from megallama.check.rehearse import How, rehearse
 from megallama.spec.grid import Place, make_grid
 from megallama.train.build import Trainer
-from tests.check import plants
+from tests.check import lists, plants
 from tests.layouts.case import Case
 
 Plant = Callable[[Trainer], None]
@@ -58,10 +58,10 @@ PLANTED = {
     "a gather less": Planted(TWO, (1,), "mismatch", "", plants.one_gather_less),
     "a gather more": Planted(TWO, (0,), "mismatch", "", plants.one_gather_more),
     "a gather in fp32": Planted(TWO, (1,), "mismatch", "float32", plants.wide_gather),
-    "a send less": Planted(STAGES, (0,), "mismatch", "", plants.send_left_out),
+    "a send less": Planted(STAGES, (0,), "mismatch", "", lists.send_left_out),
     "sends swapped": Planted(STAGES, (0,), "mismatch", "", plants.sends_swapped),
     "receives swapped": Planted(
-        f"{STAGES} schedule=gpipe", (1,), "mismatch", "", plants.receives_swapped
+        f"{STAGES} schedule=gpipe", (1,), "mismatch", "", lists.receives_swapped
     ),
     "half a message": Planted(STAGES, (0,), "mismatch", "[8, 32]", plants.half_a_message),
     "norms apart": Planted("tensor=2 data=2", (3,), "mismatch", "", plants.norms_apart),
@@ -75,9 +75,9 @@ PLANTED = {
     "a bucket too short": Planted("tensor=1 data=2", (0,), "mismatch", "", plants.bucket_short),
     "crosswise": Planted("tensor=2 data=2", (0, 1, 2, 3), "deadlock", "circle", plants.crosswise),
     "no warm-up": Planted(
-        f"{STAGES} schedule=1f1b-fused", (0,), "deadlock", "circle", plants.no_warm_up
+        f"{STAGES} schedule=1f1b-fused", (0,), "deadlock", "circle", lists.no_warm_up
     ),
-    "receive first": Planted(STAGES, (0,), "deadlock", "circle", plants.receive_first),
+    "receive first": Planted(STAGES, (0,), "deadlock", "circle", lists.receive_first),
     "no sum at the end": Planted(
         f"{STAGES} data=2", (2,), "mismatch", "world", plants.sum_left_out
     ),

@@ -11,10 +11,6 @@ from torch import Tensor
 
 from megallama.dist.group import COVER, SingleGroup
 from megallama.dist.handle import Done, Handle
-from megallama.parallel.pipeline import Pipeline
-from megallama.spec.schedules.actions import Action, Compute, Fused, Receive, Send
-from megallama.spec.schedules.messages import whole_lists
-from megallama.spec.schedules.plain import one_f_one_b
 from megallama.train.build import Trainer
 
 
@@ -22,32 +18,6 @@ def around(owner: Any, name: str, change: Callable[..., Any]) -> None:
     """Replace a method by `change(method, …)`."""
     method = getattr(owner, name)
     setattr(owner, name, lambda *given, **named: change(method, *given, **named))
-
-
-def _lists(trainer: Trainer, change: Callable[[Sequence[Action]], Sequence[Action]]) -> None:
-    """Change this rank's list of actions."""
-    config, data = trainer.config, trainer.place.grid.data
-    pipeline: Pipeline = trainer.step.pipelines.train(
-        config.train.global_batch // (config.train.micro_batch * data)
-    )
-    actions = list(pipeline.schedule.actions)
-    actions[pipeline.rank] = tuple(change(actions[pipeline.rank]))
-    pipeline.schedule = replace(pipeline.schedule, actions=tuple(actions))
-
-
-def _swapped(actions: Sequence[Action], kind: type[Action], first: int = 0) -> list[Action]:
-    """The first two actions of a kind from `first` on, each in the other's place."""
-    found = [index for index, action in enumerate(actions) if isinstance(action, kind)]
-    one, other = found[first : first + 2]
-    changed = list(actions)
-    changed[one], changed[other] = actions[other], actions[one]
-    return changed
-
-
-def _without(actions: Sequence[Action], kind: type[Action]) -> list[Action]:
-    """All but the last of a kind."""
-    last = max(index for index, action in enumerate(actions) if isinstance(action, kind))
-    return [action for index, action in enumerate(actions) if index != last]
 
 
 class _Later:
@@ -145,10 +115,6 @@ def _narrowed(method: Any, x: Tensor) -> Any:
     return Done(method(x.float()).wait().to(x.dtype))
 
 
-def send_left_out(trainer: Trainer) -> None:
-    _lists(trainer, lambda actions: _without(actions, Send))
-
-
 def sends_swapped(trainer: Trainer) -> None:
     """Two messages leave in the other order."""
     around(trainer.groups["pipeline 0>1"], "send", _relabelled)
@@ -157,10 +123,6 @@ def sends_swapped(trainer: Trainer) -> None:
 def _relabelled(method: Any, x: Tensor, peer: int, label: str) -> Any:
     swap = {"activations of F(0, 0)": "activations of F(0, 1)"}
     return method(x, peer, swap.get(label, label))
-
-
-def receives_swapped(trainer: Trainer) -> None:
-    _lists(trainer, lambda actions: _swapped(actions, Receive))
 
 
 def half_a_message(trainer: Trainer) -> None:
@@ -223,49 +185,6 @@ def crosswise(trainer: Trainer) -> None:
         method()
 
     around(zero, "finish_gradients", finish)
-
-
-def no_warm_up(trainer: Trainer) -> None:
-    """1F1B's list with its pairs fused, and no more than the warm-up that it has."""
-    pipeline = trainer.step.pipelines.train(trainer.config.train.global_batch)
-    schedule = pipeline.schedule
-    ranks = [_fused(list_) for list_ in one_f_one_b(schedule.stages, schedule.micro_batches)]
-    lists = whole_lists([ranks[0], *map(slots, schedule.actions[1:])], schedule.owners)
-    pipeline.schedule = replace(schedule, actions=lists)
-
-
-def slots(actions: Sequence[Action]) -> list[Compute | Fused]:
-    """What is computed in a list."""
-    return [action for action in actions if isinstance(action, Compute | Fused)]
-
-
-def _fused(actions: Sequence[Any]) -> list[Any]:
-    found, index = [], 0
-    while index < len(actions):
-        pair = actions[index : index + 2]
-        if [one.kind for one in pair if isinstance(one, Compute)] == ["F", "BW"]:
-            found.append(Fused(*pair))
-            index += 2
-        else:
-            found.append(actions[index])
-            index += 1
-    return found
-
-
-def receive_first(trainer: Trainer) -> None:
-    """A rank waits for the gradient of a micro-batch before it sends its activations."""
-    receive = trainer.groups["pipeline 1>0"].receive
-
-    def waits(out: Tensor, peer: int, label: str) -> Any:
-        return Done(receive(out, peer, label).wait())
-
-    trainer.groups["pipeline 1>0"].receive = waits  # type: ignore[method-assign]
-    _lists(trainer, _receives_first)
-
-
-def _receives_first(actions: Sequence[Action]) -> list[Action]:
-    received = [action for action in actions if isinstance(action, Receive)]
-    return [received[0], *(action for action in actions if action != received[0])]
 
 
 def sum_left_out(trainer: Trainer) -> None:

@@ -46,7 +46,7 @@ def rows(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
                 gains = {v: _gain(left, row, (axis, v)) for v in axes[axis]}
                 row[axis] = max(gains, key=gains.__getitem__)
         left -= {frozenset(pair) for pair in combinations(row.items(), 2)}
-        found.append(row)
+        found.append({axis: row[axis] for axis in axes})  # a set's order is another in each process
     return found
 
 

@@ -70,11 +70,12 @@ lint: .venv/installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Three processes share the tests of two cores, a file at a time and in this order: the first mostly
-# waits for SLURM, the layouts' ranks wait for each other, and what computes alone fills both.
+# What computes alone first, with a third process for tests/slurm, which mostly waits; then what starts up
+# to eight ranks a test, two files at a time (all of it at once: load 120, a third of it the system's).
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-		tests/slurm tests/layouts tests/unit tests/reference tests/security tests/dist tests/gpu
+		tests/slurm tests/unit tests/reference tests/security
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/dist tests/layouts tests/gpu
 
 # N combinations of seed SEED; a failing one is printed as the command that repeats it.
 N := 200

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "no-folder-for-checkpoints": (
         "--nproc 2 run.name=blocked",
-        r"cannot write .*/blocked/checkpoints: File exists",
+        r"cannot list .*/blocked/checkpoints: Not a directory",
     ),
 }
 #: Name → the words of rank 0, those of rank 1, and what the one error of both contains.

@@ -65,44 +65,45 @@ def sums_for_scatters(trainer: Trainer) -> None:
     around(group, "reduce_scatter", scatter)
 
 
-def half_a_gather(trainer: Trainer) -> None:
-    """One gather of half the tokens."""
+def _at_gather(trainer: Trainer, number: int, change: Callable[..., Any]) -> None:
+    """In place of the `number`th gather, from 1, what `change(gather, x, out)` does."""
     group, calls = trainer.model.tokens.group, []
 
     def gather(method: Any, x: Tensor, out: Any = None) -> Any:
         calls.append(1)
-        if len(calls) != 3:
-            return method(x, out)
-        method(x[: len(x) // 2])
-        return Done(x.new_empty(len(x) * group.size, *x.shape[1:]))
+        return change(method, x, out) if len(calls) == number else method(x, out)
 
     around(group, "all_gather", gather)
+
+
+def _nothing(trainer: Trainer, x: Tensor) -> Done[Tensor]:
+    """What a gather of x would give, from nobody."""
+    return Done(x.new_empty(len(x) * trainer.model.tokens.group.size, *x.shape[1:]))
+
+
+def half_a_gather(trainer: Trainer) -> None:
+    """One gather of half the tokens."""
+
+    def half(gather: Any, x: Tensor, out: Any) -> Any:
+        gather(x[: len(x) // 2])
+        return _nothing(trainer, x)
+
+    _at_gather(trainer, 3, half)
 
 
 def one_gather_less(trainer: Trainer) -> None:
     """A gather is left out, late in the step."""
-    group, calls = trainer.model.tokens.group, []
-
-    def gather(method: Any, x: Tensor, out: Any = None) -> Any:
-        calls.append(1)
-        if len(calls) == 17:
-            return Done(x.new_empty(len(x) * group.size, *x.shape[1:]))
-        return method(x, out)
-
-    around(group, "all_gather", gather)
+    _at_gather(trainer, 17, lambda gather, x, out: _nothing(trainer, x))
 
 
 def one_gather_more(trainer: Trainer) -> None:
     """A gather is issued twice."""
-    group, calls = trainer.model.tokens.group, []
 
-    def gather(method: Any, x: Tensor, out: Any = None) -> Any:
-        calls.append(1)
-        if len(calls) == 9:
-            method(x)
-        return method(x, out)
+    def twice(gather: Any, x: Tensor, out: Any) -> Any:
+        gather(x)
+        return gather(x, out)
 
-    around(group, "all_gather", gather)
+    _at_gather(trainer, 9, twice)
 
 
 def wide_gather(trainer: Trainer) -> None:
